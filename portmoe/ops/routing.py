@@ -1,0 +1,117 @@
+"""Where each token goes: the result of gating, and how choices become slots and rows."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils import _pytree
+
+from portmoe.ops.workload import Workload
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """The k choices of each of S tokens among E experts, first choice first.
+
+    Choice (k, s) is *kept* if its slot is below ``capacity`` and *dropped* otherwise. Slots are
+    distinct within an expert and fill it from 0, dropped choices included.
+
+    Attributes:
+        expert_KS: int64, the expert chosen.
+        slot_KS: int64, the place in that expert; ≥ ``capacity`` means dropped.
+        weight_KS: float32, the weight of that expert's output; 0 where dropped. Differentiable.
+        capacity: C, rows an expert has in the static buffer.
+        aux_loss: float32 scalar, the load-balancing loss. Differentiable.
+        count_E: int64, choices of each expert before drops; they add up to K·S.
+    """
+
+    expert_KS: torch.Tensor
+    slot_KS: torch.Tensor
+    weight_KS: torch.Tensor
+    capacity: int
+    aux_loss: torch.Tensor
+    count_E: torch.Tensor
+
+    @property
+    def kept_KS(self) -> torch.Tensor:
+        """bool: the choice is computed."""
+        return self.slot_KS < self.capacity
+
+    @property
+    def static_rows(self) -> int:
+        """E·C, the rows of the static buffer: expert e owns rows e·C … (e+1)·C − 1."""
+        return self.count_E.numel() * self.capacity
+
+    @property
+    def static_row_KS(self) -> torch.Tensor:
+        """int64, each choice's row of the static buffer; ``static_rows`` where dropped."""
+        row_KS = self.expert_KS * self.capacity + self.slot_KS
+        return torch.where(self.kept_KS, row_KS, self.static_rows)
+
+    @property
+    def ragged_rows(self) -> int:
+        """K·S, the rows of the ragged buffer: one per choice, dropped or not."""
+        return self.expert_KS.numel()
+
+    @property
+    def ragged_row_KS(self) -> torch.Tensor:
+        """int64, each choice's row of the ragged buffer; ``ragged_rows`` where dropped."""
+        start_E = self.ends_E - self.count_E
+        return torch.where(self.kept_KS, start_E[self.expert_KS] + self.slot_KS, self.ragged_rows)
+
+    @property
+    def ends_E(self) -> torch.Tensor:
+        """int64: expert e owns rows ends[e−1] … ends[e] − 1 of the ragged buffer."""
+        return self.count_E.cumsum(0)
+
+
+# Lets generic code (timing, conformance, checkpointing) find the tensors in a Routing.
+_pytree.register_dataclass(Routing)
+
+
+def running_count(expert_A: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Number the assignments of each expert in the order they are listed.
+
+    Args:
+        expert_A: [A] int64 in 0 … experts − 1, an expert per assignment.
+
+    Returns:
+        slot_A, how many earlier assignments chose the same expert; count_E, how many did in all.
+    """
+    sorted_A, order_A = expert_A.sort(stable=True)
+    ends_E = torch.searchsorted(sorted_A, torch.arange(experts, device=expert_A.device), right=True)
+    count_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1))
+    place_A = torch.arange(expert_A.numel(), device=expert_A.device)
+    slot_A = torch.empty_like(place_A).scatter_(0, order_A, place_A - (ends_E - count_E)[sorted_A])
+    return slot_A, count_E
+
+
+def probabilities(logits_SE: torch.Tensor) -> torch.Tensor:
+    """softmax over the experts in float32."""
+    return torch.softmax(logits_SE.to(torch.promote_types(logits_SE.dtype, torch.float32)), dim=1)
+
+
+def top_experts(gate_SE: torch.Tensor, k: int) -> torch.Tensor:
+    """[K, S] int64: the k experts of highest probability, first choice first, the lower index on a tie.
+
+    By k rounds of ``argmax``, which takes the first of equal values; ``topk`` leaves their order open.
+    """
+    left_SE, rounds = gate_SE.detach().clone(), []
+    for _ in range(k):
+        rounds.append(left_SE.argmax(dim=1))
+        left_SE.scatter_(1, rounds[-1].unsqueeze(1), -1.0)  # below every probability
+    return torch.stack(rounds)
+
+
+def gating_logits(workload: Workload, generator: torch.Generator, tokens: int | None = None) -> torch.Tensor:
+    """Sample logits [S, E], float32 multiples of 2⁻¹⁰: equal or well apart, so that no rounding decides."""
+    shape = (workload.tokens if tokens is None else tokens, workload.experts)
+    logits_SE = torch.randn(shape, generator=generator).mul_(1024).round_().div_(1024)
+    return logits_SE.to(workload.device).requires_grad_()
+
+
+def check_choices(logits_SE: torch.Tensor, k: int) -> None:
+    """Raise ValueError unless ``logits_SE`` is a matrix from whose columns k can be chosen."""
+    if logits_SE.dim() != 2 or not 1 <= k <= logits_SE.shape[1]:
+        raise ValueError(
+            f"k={k} and logits of shape {tuple(logits_SE.shape)}: logits must be [S, E] with 1 ≤ k ≤ E"
+        )

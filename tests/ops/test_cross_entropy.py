@@ -1,0 +1,103 @@
+"""cross_entropy, every implementation, against its definition token by token in float64."""
+
+import pytest
+import torch
+
+from portmoe.ops import chunked_cross_entropy as chunked
+from portmoe.ops import cross_entropy, torch_native
+
+FUNCTIONS = {"reference": cross_entropy, "chunked": torch_native.CROSS_ENTROPY_CHUNKED.function}
+
+
+def definition(x, weight, labels, smoothing):
+    losses, classes = [], weight.shape[0]
+    for row, label in zip(x, labels.tolist(), strict=True):
+        logits = torch.stack([w @ row for w in weight])
+        log_p = logits - logits.max() - (logits - logits.max()).exp().sum().log()
+        target = [smoothing / classes + (1 - smoothing) * (c == label) for c in range(classes)]
+        losses.append(-(log_p * torch.tensor(target)).sum() if label >= 0 else row.sum() * 0)
+    return torch.stack(losses)
+
+
+def case(tokens=9, hidden=8, classes=29, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(tokens * classes)
+    x_TH = torch.randn(tokens, hidden, generator=generator).to(dtype).requires_grad_()
+    weight_VH = torch.randn(classes, hidden, generator=generator).to(dtype).requires_grad_()
+    labels_T = torch.randint(classes, (tokens,), generator=generator)
+    labels_T[::4] = -100
+    return x_TH, weight_VH, labels_T, torch.randn(tokens, generator=generator)
+
+
+@pytest.fixture(params=[1, 37, 10**6], ids=lambda n: f"slice of {n} logits")
+def slice_elements(request, monkeypatch):
+    monkeypatch.setattr(chunked, "SLICE_ELEMENTS", request.param)
+
+
+@pytest.mark.usefixtures("slice_elements")
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_forward_and_gradients(function, smoothing, dtype, tolerance):
+    x_TH, weight_VH, labels_T, grad_T = case(dtype=dtype)
+    loss_T, correct_T = function(x_TH, weight_VH, labels_T, smoothing)
+    assert loss_T.dtype == torch.float32
+    assert correct_T.dtype == torch.bool
+    doubles = [t.detach().double().requires_grad_() for t in (x_TH, weight_VH)]
+    expected = definition(*doubles, labels_T, smoothing)
+    torch.testing.assert_close(loss_T.double(), expected, rtol=tolerance, atol=tolerance)
+    assert (loss_T[labels_T == -100] == 0).all()
+    ours = torch.autograd.grad(loss_T, (x_TH, weight_VH), grad_T)
+    theirs = torch.autograd.grad(expected, doubles, grad_T.double())
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.usefixtures("slice_elements")
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_correct_is_the_first_class_of_highest_logit(function):
+    x_TH = torch.tensor([[1.0], [1.0], [1.0], [-1.0], [1.0]])
+    weight_VH = torch.tensor([[0.0], [2.0], [2.0], [1.0]])
+    labels_T = torch.tensor([1, 2, 0, 0, -100])
+    _, correct_T = function(x_TH, weight_VH, labels_T, 0.0)
+    assert correct_T.tolist() == [True, False, False, True, False]
+
+
+@pytest.mark.usefixtures("slice_elements")
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_large_logits_and_ignored_tokens(function):
+    x_TH = torch.tensor([[300.0], [-300.0], [300.0]], requires_grad=True)
+    weight_VH = torch.tensor([[1.0], [-1.0], [0.5]], requires_grad=True)
+    loss_T, _ = function(x_TH, weight_VH, torch.tensor([1, 1, -100]), 0.0)
+    assert loss_T.tolist() == [600.0, 0.0, 0.0]
+    loss_T.sum().backward()
+    assert x_TH.grad.flatten().tolist() == [2.0, 0.0, 0.0]
+    assert weight_VH.grad.flatten().tolist() == [300.0, -300.0, 0.0]
+
+
+@pytest.mark.usefixtures("slice_elements")
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_no_tokens_and_only_one_gradient_wanted(function):
+    x_TH, weight_VH, labels_T, grad_T = case()
+    loss_T, correct_T = function(x_TH[:0], weight_VH, labels_T[:0], 0.0)
+    assert loss_T.shape == correct_T.shape == (0,)
+    (grad_VH,) = torch.autograd.grad(loss_T.sum(), weight_VH)
+    assert (grad_VH == 0).all()
+    for wanted, frozen in [(0, 1), (1, 0)]:
+        leaves = [x_TH.detach(), weight_VH.detach()]
+        leaves[wanted].requires_grad_()
+        loss_T, _ = function(*leaves, labels_T, 0.0)
+        (loss_T * grad_T).sum().backward()
+        assert leaves[wanted].grad.abs().sum() > 0
+        assert leaves[frozen].grad is None
+
+
+def test_chunked_never_computes_more_than_a_slice(monkeypatch):
+    widths = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(chunked, "SLICE_ELEMENTS", 9 * 10)
+    monkeypatch.setattr(chunked.F, "linear", lambda x, w: widths.append(len(w)) or linear(x, w))
+    x_TH, weight_VH, labels_T, grad_T = case()
+    loss_T, _ = chunked.chunked_cross_entropy(x_TH, weight_VH, labels_T, 0.0)
+    (loss_T * grad_T).sum().backward()
+    assert widths == [10, 10, 9] * 2

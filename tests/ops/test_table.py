@@ -1,0 +1,210 @@
+"""The table with made-up implementations: which one is chosen, and what is written down about the others."""
+
+import copy
+import json
+import time
+
+import pytest
+import torch
+from small_workload import WORKLOAD
+
+from portmoe.config import Config, ModelConfig, MoeConfig, OpsConfig
+from portmoe.errors import BackendError, ConfigError
+from portmoe.ops import OPERATIONS, Implementation, Operation, choose
+from portmoe.ops.operation import Sample, rounding
+
+
+def double(x):
+    return x * 2
+
+
+def fast(x):
+    return x + x
+
+
+def slow(x):
+    time.sleep(0.005)
+    return x + x
+
+
+def broken(x):
+    raise RuntimeError("no such kernel")
+
+
+def operation(name, reference=double):
+    def samples(workload, generator):
+        return [Sample("one", (torch.randn(workload.tokens, generator=generator, requires_grad=True),))]
+
+    return Operation(name, reference, samples, rounding(1))
+
+
+def config(*, fused=False, tutel=False, flash=False, **ops):
+    return Config(
+        moe=MoeConfig(use_fused_gating=fused, use_tutel=tutel),
+        model=ModelConfig(use_flash_attn=flash),
+        ops=OpsConfig(**ops),
+    )
+
+
+def pick(offered, settings=None, *, name="topk_gating", reference=double):
+    log = []
+    table = choose({name: operation(name, reference)}, offered, WORKLOAD, settings or config(), log.append)
+    return table, table.record()[name], log
+
+
+def candidates(record):
+    return {c["name"]: (c["chosen"], c["usable"], c["reason"]) for c in record["candidates"]}
+
+
+def test_the_first_in_order_that_supports_the_case():
+    offered = [
+        Implementation("topk_gating", "a", broken, lambda w: f"{w.tokens} tokens are too few"),
+        Implementation("topk_gating", "b", fast),
+        Implementation("topk_gating", "c", slow),
+    ]
+    table, record, log = pick(offered)
+    assert table.topk_gating is fast
+    assert record["chosen"] == "b"
+    assert candidates(record) == {
+        "a": (False, False, "8 tokens are too few"),
+        "b": (True, True, "the first in the backend's order that supports the case"),
+        "c": (False, True, "after 'b' in the backend's order"),
+        "reference": (False, True, "after 'b' in the backend's order"),
+    }
+    assert log == []
+    json.dumps(table.record())
+
+
+def test_the_reference_when_nothing_is_offered():
+    table, record, _ = pick([])
+    assert table.topk_gating is double
+    assert candidates(record)["reference"][0]
+
+
+def test_disabled_implementations_are_passed_over():
+    offered = [Implementation("topk_gating", "a", slow), Implementation("topk_gating", "b", fast)]
+    table, record, _ = pick(offered, config(disable=["topk_gating.a", "topk_gating.reference"]))
+    assert table.topk_gating is fast
+    assert candidates(record)["a"] == (False, False, "switched off by ops.disable")
+    assert candidates(record)["reference"] == (False, False, "switched off by ops.disable")
+
+
+def test_a_name_that_disables_nothing_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"'topk_gating\.x' is no implementation here; allowed: .*topk_gating\.a"
+    ):
+        pick([Implementation("topk_gating", "a", fast)], config(disable=["topk_gating.x"]))
+
+
+def test_disabling_everything_is_refused():
+    with pytest.raises(ConfigError, match=r"take topk_gating\.reference out of ops\.disable"):
+        pick([], config(disable=["topk_gating.reference"]))
+
+
+@pytest.mark.parametrize(
+    ("asked", "key", "name"),
+    [
+        ({"fused": True}, "moe.use_fused_gating", "topk_gating"),
+        ({"tutel": True}, "moe.use_tutel", "topk_gating"),
+        ({"flash": True}, "model.use_flash_attn", "attention"),
+    ],
+)
+class TestRequests:
+    def test_considered_only_while_asked_for(self, asked, key, name):
+        offered = [Implementation(name, "quick", fast, requested_by=key)]
+        _, record, log = pick(offered, config(), name=name)
+        assert record["chosen"] == "reference"
+        assert candidates(record)["quick"] == (False, False, f"not asked for: {key} is false")
+        assert log == []
+        _, record, log = pick(offered, config(**asked, fallback="error"), name=name)
+        assert record["chosen"] == "quick"
+        assert log == []
+
+    def test_missing(self, asked, key, name):
+        _, record, log = pick([], config(**asked, fallback="allow"), name=name)
+        assert record["chosen"] == "reference"
+        assert log == []
+        _, _, log = pick([], config(**asked, fallback="warn"), name=name)
+        assert len(log) == 1
+        assert log[0].startswith(f"{key} is not met: {name}.reference")
+        assert "this backend offers none" in log[0]
+        with pytest.raises(BackendError, match=f"{key} is not met.*set {key} to false"):
+            pick([], config(**asked, fallback="error"), name=name)
+
+    def test_unsupported_or_switched_off(self, asked, key, name):
+        offered = [Implementation(name, "quick", fast, lambda w: "odd shape", requested_by=key)]
+        _, record, log = pick(offered, config(**asked, fallback="warn"), name=name)
+        assert record["chosen"] == "reference"
+        assert "quick: odd shape" in log[0]
+        with pytest.raises(BackendError, match="odd shape"):
+            pick(offered, config(**asked, fallback="error"), name=name)
+        offered = [Implementation(name, "quick", fast, requested_by=key)]
+        settings = config(**asked, fallback="error", disable=[f"{name}.quick"])
+        with pytest.raises(BackendError, match=r"switched off by ops\.disable"):
+            pick(offered, settings, name=name)
+
+    def test_usable_but_not_preferred_is_told_and_no_error(self, asked, key, name):
+        offered = [Implementation(name, "first", fast), Implementation(name, "quick", slow, requested_by=key)]
+        _, record, _ = pick(offered, config(**asked, fallback="error"), name=name)
+        assert record["chosen"] == "first"
+        _, _, log = pick(offered, config(**asked, fallback="warn"), name=name)
+        assert "quick: after 'first' in the backend's order" in log[0]
+
+
+def test_measuring_takes_the_faster_one_whatever_the_order():
+    for offered in (
+        [Implementation("topk_gating", "slow", slow), Implementation("topk_gating", "fast", fast)],
+        [Implementation("topk_gating", "fast", fast), Implementation("topk_gating", "slow", slow)],
+    ):
+        table, record, _ = pick(offered, config(select="measure"), reference=slow)
+        assert table.topk_gating is fast
+        seconds = {c["name"]: c["seconds"] for c in record["candidates"]}
+        assert seconds["fast"] < 0.005 <= min(seconds["slow"], seconds["reference"])
+        assert candidates(record)["slow"] == (False, True, "slower here than 'fast'")
+        assert candidates(record)["fast"] == (True, True, "the fastest here")
+
+
+def test_measuring_skips_what_cannot_run():
+    offered = [
+        Implementation("topk_gating", "unfit", broken, lambda w: "odd shape"),
+        Implementation("topk_gating", "broken", broken),
+    ]
+    table, record, log = pick(offered, config(select="measure"))
+    assert table.topk_gating is double
+    assert candidates(record)["unfit"] == (False, False, "odd shape")
+    assert candidates(record)["broken"] == (False, False, "failed when timed: RuntimeError: no such kernel")
+    assert log == ["topk_gating.broken failed when timed: RuntimeError: no such kernel"]
+
+
+def test_measuring_includes_the_backward_pass():
+    class SlowBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            time.sleep(0.02)
+            return grad * 2
+
+    offered = [Implementation("topk_gating", "a", SlowBackward.apply)]
+    # The forward pass alone would speak for "a".
+    assert pick(offered, config(select="measure"), reference=slow)[1]["chosen"] == "reference"
+
+
+def test_offers_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="no operation"):
+        pick([Implementation("topk_gatign", "a", fast)])
+    with pytest.raises(ValueError, match="two implementations called 'a'"):
+        pick([Implementation("topk_gating", "a", fast), Implementation("topk_gating", "a", slow)])
+    with pytest.raises(ValueError, match="two implementations called 'reference'"):
+        pick([Implementation("topk_gating", "reference", fast)])
+
+
+def test_the_table_holds_every_operation_and_names_them_when_asked_for_another():
+    table = choose(OPERATIONS, [], WORKLOAD, config())
+    assert table.record().keys() == OPERATIONS.keys()
+    assert all(getattr(table, name) is op.reference for name, op in OPERATIONS.items())
+    with pytest.raises(AttributeError, match="no operation 'softmax'; operations: rms_norm"):
+        table.softmax  # noqa: B018
+    assert copy.deepcopy(table).record() == table.record()
