@@ -1,0 +1,31 @@
+"""The router: one float32 logit per token and expert."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from portmoe.config import Config
+from portmoe.model.precision import computed
+
+JITTER = 0.01  # half-width of the multiplicative noise of noisy_gate_policy "Jitter"
+
+
+class Router(nn.Module):
+    """[S,H] in any dtype → logits [S,E] in float32. The weight [E,H] stays float32.
+
+    It returns a plain tensor, and the choice of experts is made outside, so that a sharding engine
+    that hooks modules sees where the gradient comes in.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.model.num_experts, config.model.hidden_size))
+
+    def forward(self, x_SH: torch.Tensor, jitter: torch.Generator | None = None) -> torch.Tensor:
+        """``jitter``: a CPU generator the input's noise U(0.99, 1.01) is drawn from; None: no noise."""
+        x_SH = x_SH.float()
+        if jitter is not None:
+            noise_SH = torch.empty(x_SH.shape, dtype=torch.float32)
+            noise_SH.uniform_(1.0 - JITTER, 1.0 + JITTER, generator=jitter)
+            x_SH = x_SH * noise_SH.to(x_SH.device)
+        return F.linear(x_SH, computed(self.weight, torch.float32))

@@ -1,0 +1,149 @@
+"""The memory formulas against bytes measured on a small model, and hand-computed state."""
+
+import pytest
+import torch
+
+from portmoe.accelerator import get_accelerator
+from portmoe.config import Config
+from portmoe.data.batch import Batch
+from portmoe.model import Decoder, Router
+from portmoe.model.capacity import expert_capacity
+from portmoe.model.memory import activation_bytes, state_bytes
+from portmoe.model.parameters import count_parameters
+from portmoe.model.precision import compute_dtype
+from portmoe.ops import OPERATIONS, OpTable, Segments, Workload, choose
+
+TOKENS = 64
+
+
+def make_config(**model) -> Config:
+    sizes = {
+        "dtype": "float32",
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_layers": 3,
+        "vocab_size": 256,
+    }
+    return Config.model_validate(
+        {"data": {"seq_len": TOKENS // 4}, "model": sizes | {"multiple_of": 16} | model}
+    )
+
+
+def cpu_table(config: Config) -> OpTable:
+    """What the CPU chooses for this model."""
+    model = config.model
+    workload = Workload(
+        device=torch.device("cpu"),
+        dtype=compute_dtype(model),
+        tokens=TOKENS,
+        seq_len=config.data.seq_len,
+        hidden=model.hidden_size,
+        heads=model.num_attention_heads,
+        head_dim=model.head_dim,
+        ffn_width=model.ffn_width,
+        vocab=model.vocab_size,
+        experts=model.num_experts,
+        top_k=config.moe.top_k,
+        capacity=expert_capacity(config, TOKENS),
+        equal_segments=True,
+    )
+    return choose(OPERATIONS, get_accelerator("cpu").ops.implementations(), workload, config)
+
+
+def saved_bytes(config: Config) -> int:
+    """Bytes of all storages autograd keeps after a forward pass, parameters not counted."""
+    model = Decoder(config, cpu_table(config))
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    model.to(compute_dtype(config.model))  # so that no copies of the weights are made and counted
+    for router in routers:
+        router.float()
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    labels_T = torch.zeros(TOKENS, dtype=torch.int64)
+    segments = Segments(tuple(range(0, TOKENS + 1, TOKENS // 4)))
+    batch = Batch(labels_T, labels_T, torch.arange(TOKENS) % 16, labels_T, segments, 0)
+    seen = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            seen[storage.data_ptr()] = storage.nbytes(), tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(batch.tokens_T, batch)
+    return sum(size for size, _ in seen.values())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {},
+        {"dtype": "bfloat16"},
+        {"num_experts": 1},
+        {"moe_use_residual": True},
+        {"moe_type": "MegaBlock-D"},
+        {"first_k_dense_replace": 2},
+        {"hidden_size": 128, "num_layers": 1},
+        {"vocab_size": 4096},
+    ],
+)
+def test_estimate_is_close_to_what_the_cpu_keeps(model):
+    config = make_config(**model)
+    assert 1.0 < saved_bytes(config) / activation_bytes(config, TOKENS) < 1.5
+
+
+def test_activations_by_hand():
+    config = make_config(num_experts=1, num_layers=2, dtype="bfloat16")  # H = 64, F = 96, N = 4
+    block = TOKENS * (8 * 64 * 2 + 4 * 4 + 3 * 96 * 2)
+    head = TOKENS * (2 * 64 * 2 + 4)
+    assert activation_bytes(config, TOKENS) == 2 * block + head
+    assert activation_bytes(config, TOKENS, head=False) == 2 * block
+
+
+def test_recomputation_keeps_inputs_and_one_layer():
+    plain = make_config(num_layers=4)
+    layer = activation_bytes(plain, TOKENS, head=False) // 4
+    for share, count in ((0.5, 2), (True, 4)):
+        recomputed = activation_bytes(make_config(num_layers=4, checkpoint=share), TOKENS, head=False)
+        assert recomputed == (4 - count) * layer + count * TOKENS * 64 * 4 + layer
+
+
+def test_state_of_the_7b_model_on_32_ranks():
+    parameters, exact, experts = 11_852_320_768, 524_288, 32 * 4 * 3 * 4096 * 5632
+    whole = count_parameters(Config())
+    state = state_bytes(Config(), whole, shards=32)
+    assert state.weights == 2 * parameters + 2 * exact
+    assert state.gradients == 4 * parameters
+    assert state.masters == parameters // 8
+    assert state.optimizer == parameters // 4
+    assert state.total == state.weights + state.gradients + state.masters + state.optimizer
+    spread = state_bytes(Config(), whole, shards=32, expert_ranks=4, expert_shards=8)
+    assert state.weights - spread.weights == 2 * experts * 3 // 4
+    assert (spread.masters, spread.optimizer) == (state.masters, state.optimizer)
+    replicated = state_bytes(Config(), whole, shards=1, expert_ranks=4, expert_shards=1)
+    assert replicated.masters == 4 * (parameters - experts) + experts
+
+
+def test_sharded_parameters_leave_two_blocks_whole():
+    config = Config.model_validate({"parallel": {"zero1": {"fsdp": True}}})
+    state = state_bytes(config, count_parameters(config), shards=32)
+    # of the 7B model: one block is 4·4096² + 4·4096 + 2·4096 + 4·4096 + 4·3·4096·5632 parameters
+    assert state.weights == 2 * (2 * 103168 * 4096 + 2 * 343_973_888)
+    assert state.gradients == state.masters == 11_852_320_768 // 8
+
+
+def test_tensor_ranks_cut_all_but_routers_and_norms():
+    whole = count_parameters(Config())
+    state = state_bytes(Config(), whole, shards=4, tensor_ranks=8)
+    # by hand: (11,852,320,768 − 524,288 − 266,240) / 8 + 524,288 + 266,240 parameters
+    assert state.gradients == 4 * (1_481_441_280 + 790_528)
+    assert state.optimizer == 2 * (1_481_441_280 + 790_528)
+
+
+def test_activations_of_a_cut_dense_layer():
+    config = make_config(num_experts=1, num_layers=1)
+    tokens, hidden, width = 64, 64, config.model.ffn_width
+    # inside the regions 2 inputs, and a quarter of q, k, v, output, log-sum-exp, gate, up and product;
+    # between them a quarter of the tokens of 2 inputs
+    expected = tokens * (4 * (2 * hidden + hidden + 3 * width // 4 + hidden // 2) + 4)
+    assert activation_bytes(config, tokens, head=False, tensor_ranks=4, sequence_ranks=4) == expected
