@@ -1,0 +1,26 @@
+"""From samples to micro-batches.
+
+The names load on first use: a dry run checks its data without importing torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "Batch": "batch",
+    "DATA_TYPES": "packing",
+    "DataStream": "loader",
+    "DummyDataset": "dummy",
+    "check_data": "source",
+    "open_data": "loader",
+}
+
+__all__ = ["DATA_TYPES", "Batch", "DataStream", "DummyDataset", "check_data", "open_data"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "dummy":  # portmoe.data.dummy.DummyDataset without an import of its own
+        return import_module(f"{__name__}.dummy")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,41 @@
+"""One micro-batch as the model takes it."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from portmoe.data.packing import Pack
+from portmoe.ops.attention import Segments
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One pack as int64 tensors of shape [T]; attention and positions never cross a segment."""
+
+    tokens_T: torch.Tensor
+    labels_T: torch.Tensor  # −100: no label here
+    positions_T: torch.Tensor  # from 0 in each segment
+    types_T: torch.Tensor  # indices into packing.DATA_TYPES
+    segments: Segments
+    index: int  # number of the micro-batch, counted over all ranks since the run's start
+
+    @classmethod
+    def from_pack(cls, pack: Pack, index: int) -> "Batch":
+        arrays = (pack.tokens_T, pack.labels_T, pack.positions_T, pack.types_T)
+        return cls(*map(torch.from_numpy, arrays), segments=Segments(offsets=pack.offsets), index=index)
+
+    @property
+    def num_segments(self) -> int:
+        """What the benchmark's log line counts as samples."""
+        return len(self.segments.lengths)
+
+    @property
+    def longest_segment(self) -> int:
+        """Tokens in the longest segment."""
+        return max(self.segments.lengths)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """Return the batch with its tensors on ``device``."""
+        names = ("tokens_T", "labels_T", "positions_T", "types_T")
+        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
+        return replace(self, **moved)

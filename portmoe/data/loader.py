@@ -1,0 +1,81 @@
+"""The micro-batches of one data-parallel rank, step by step, prepared one step ahead."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from portmoe.config import Config
+from portmoe.data.batch import Batch
+from portmoe.data.sampler import PackSampler
+from portmoe.data.source import Split, check_vocabulary, open_packs, split_micro_num
+
+
+class DataStream:
+    """What a rank trains or validates on. Close it, or use it in a ``with`` block, to stop its thread.
+
+    ``steps_per_epoch``: steps until every pack was taken once, those that fill no whole step left out.
+    ``equal_segments``: every segment has exactly data.seq_len tokens.
+    """
+
+    def __init__(self, config: Config, rank: int, size: int, micro_num: int, split: Split) -> None:
+        self._config = config
+        micro_num = split_micro_num(config, micro_num, split)
+        self._packs = open_packs(config, size, micro_num, split)
+        seed = config.run.seed if split == "train" else None
+        self._sampler = PackSampler(len(self._packs), micro_num, rank, size, seed)
+        self._where = getattr(config.data, f"{split}_folder") or "the dummy data"
+        self.num_packs = len(self._packs)
+        self.steps_per_epoch = self._sampler.steps_per_epoch
+        self.equal_segments = self._packs.equal_segments
+        # One thread does all the reading, so that nothing below needs a lock.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"portmoe-{split}-data")
+        self._ahead: tuple[int, Future[list[Batch]]] | None = None
+
+    def batches(self, step: int) -> list[Batch]:
+        """Return this rank's micro-batches of ``step``, counted from 0 at the run's start, on the CPU.
+
+        Any step may be asked for; the one after it is prepared while the caller works. Raises
+        ``ConfigError`` if the step meets a token without an embedding or a line that cannot be read.
+        """
+        if self._ahead is not None and self._ahead[0] == step:
+            future = self._ahead[1]
+        else:
+            self._drop_ahead()
+            future = self._thread.submit(self._prepare, step)
+        self._ahead = (step + 1, self._thread.submit(self._prepare, step + 1))
+        return future.result()
+
+    def close(self) -> None:
+        """Stop preparing; waits for a step in preparation."""
+        self._drop_ahead()
+        self._thread.shutdown(wait=True)
+
+    def __enter__(self) -> "DataStream":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def _drop_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead[1].cancel()
+            self._ahead = None
+
+    def _prepare(self, step: int) -> list[Batch]:
+        batches = []
+        for pack_id, index in zip(self._sampler.step(step), self._sampler.indices(step), strict=True):
+            pack = self._packs.pack(pack_id)
+            # The least int64 has no absolute value and stays negative.
+            largest = max(int(pack.tokens_T.max()), -int(pack.tokens_T.min()))
+            check_vocabulary(self._config, largest, self._where)
+            batches.append(Batch.from_pack(pack, index))
+        return batches
+
+
+def open_data(config: Config, *, rank: int, size: int, micro_num: int, split: Split = "train") -> DataStream:
+    """Open what data-parallel rank ``rank`` of ``size`` trains on, or validates on with ``split="valid"``.
+
+    ``micro_num`` is the rank's number of micro-batches per training step; validation takes
+    data.valid_micro_num where that is set, and its packs in order. Raises ``ConfigError`` as
+    ``source.open_packs`` does.
+    """
+    return DataStream(config, rank, size, micro_num, split)
