@@ -1,0 +1,36 @@
+"""One rank's part of the model, with every parallelism of the layout in it."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from portmoe.config import Config
+from portmoe.model.decoder import Decoder
+from portmoe.model.precision import compute_dtype
+from portmoe.ops.table import OpTable
+from portmoe.parallel import expert, tensor, vocabulary, zero
+from portmoe.parallel.mesh import Meshes
+from portmoe.parallel.stages import Stage, stages_of
+from portmoe.parallel.tensor import Region
+
+
+def build(
+    config: Config, ops: OpTable, meshes: Meshes, stages: Iterable[Stage] | None = None
+) -> nn.ModuleList:
+    """Decoders for ``stages`` (None: this rank's), each sharded; their parameters are on the meta device.
+
+    ``to_empty`` and ``model.init.initialise`` then give memory and values to what the rank keeps, no more.
+    """
+    if stages is None:
+        stages = stages_of(config, meshes.pipeline.get_local_rank())
+    with torch.device("meta"):
+        model = nn.ModuleList(Decoder(config, ops, s.layers, s.embed, s.head) for s in stages)
+    region = Region.of_mode(meshes.tensor, config.parallel.tensor.mode)
+    for decoder in model:
+        if meshes.tensor.size() > 1:
+            tensor.share(decoder, region)
+            vocabulary.share(decoder, region)
+        expert.spread(decoder, meshes)
+        zero.shard(decoder, meshes, compute_dtype(config.model))
+    return model

@@ -1,0 +1,252 @@
+"""How many ranks do what: the sizes of every parallel group and of the batch, as plain arithmetic.
+
+Contradictions that hold for any number of ranks are refused by ``portmoe.config``; those that
+depend on it, and layouts not built yet, are refused here. No torch: the command line plans
+before it starts a process.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import reduce
+
+from portmoe.config import Config, DataConfig
+from portmoe.config_messages import shorten
+from portmoe.errors import ConfigError
+
+# The one list of layouts the config can express and the trainer cannot run yet: key → allowed values.
+# Building a parallelism ends with deleting its line.
+ALLOWED_TODAY = {
+    "parallel.weight.size": (1,),
+    "trainer.engine": ("native",),
+}
+
+BUILT_MODES = ("mtp", "msp")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The resolved sizes of one run.
+
+    Attributes:
+        world: ranks in all = data · tensor · pipeline.
+        data: ranks that see different samples.
+        tensor: ranks that share one layer (or, in isp mode, one sequence).
+        pipeline: stages.
+        zero1: ranks the optimizer state is sharded over; it divides ``data``.
+        sequence: ranks the tokens of a micro-batch are split over between the regions that ``tensor`` shares.
+        weight: ranks the parameters are sharded over in isp mode.
+        expert: ranks the experts are spread over; it divides ``data`` and the number of experts. 1: every
+            rank computes every expert.
+        micro_num: micro-batches per rank and step; follows from ``data.global_batch_size`` where that is set.
+        micro_bsz: sequences per micro-batch.
+        seq_len: tokens per sequence.
+    """
+
+    world: int
+    data: int
+    tensor: int
+    pipeline: int
+    zero1: int
+    sequence: int
+    weight: int
+    expert: int
+    micro_num: int
+    micro_bsz: int
+    seq_len: int
+
+    @classmethod
+    def plan(cls, config: Config, world_size: int) -> "Layout":
+        """The layout of ``config`` on ``world_size`` ranks.
+
+        Raises:
+            ConfigError: the sizes cannot be met with this number of ranks, the global batch cannot be
+                divided or is over its limit, or the layout is not built yet.
+        """
+        if world_size < 1:
+            raise ConfigError(f"the number of ranks is {world_size}; it must be at least 1")
+        _refuse_not_built(config)
+        parallel = config.parallel
+        tensor, pipeline = parallel.tensor.size, parallel.pipeline.size
+        if world_size % (tensor * pipeline):
+            below, above = _multiples_around(world_size, tensor * pipeline)
+            raise ConfigError(
+                f"parallel.tensor.size={tensor} · parallel.pipeline.size={pipeline} = {tensor * pipeline} "
+                f"does not divide the {world_size} ranks; use {_either(below, above)} ranks or change one of "
+                "the two"
+            )
+        data = world_size // (tensor * pipeline)
+        micro_num = _micro_num(config.data, data)
+        _check_schedule(config, micro_num)
+        _check_tensor(config)
+        return cls(
+            world=world_size,
+            data=data,
+            tensor=tensor,
+            pipeline=pipeline,
+            zero1=_dividing("parallel.zero1.size", parallel.zero1.size, data)
+            if parallel.zero1.size > 0
+            else data,
+            sequence=1 if parallel.tensor.mode == "mtp" else tensor,
+            weight=_dividing("parallel.weight.size", parallel.weight.size, data * tensor),
+            expert=_dividing(
+                "parallel.expert.size",
+                parallel.expert.size or math.gcd(data, config.model.num_experts),
+                data,
+            ),
+            micro_num=micro_num,
+            micro_bsz=config.data.micro_bsz,
+            seq_len=config.data.seq_len,
+        )
+
+    def __str__(self) -> str:
+        """The groups, as shown at the start of a run."""
+        groups = {"data": self.data, "tensor": self.tensor, "pipeline": self.pipeline}
+        shards = {"optimizer state": self.zero1, "weights": self.weight, "experts": self.expert}
+        parts = [f"{name} {size}" for name, size in groups.items()]
+        parts += [f"{name} over {size}" for name, size in shards.items()]
+        return f"{self.world} rank{'s' if self.world > 1 else ''}: {', '.join(parts)}"
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks the optimizer state of an expert is sharded over: ``zero1`` of those that hold it, or all."""
+        return math.gcd(self.data // self.expert, self.zero1)
+
+    @property
+    def global_batch_sequences(self) -> int:
+        """Sequences per step over all ranks."""
+        return self.micro_bsz * self.micro_num * self.data
+
+    @property
+    def tokens_per_micro_batch(self) -> int:
+        """Tokens of one pack, over the ranks that share it."""
+        return self.micro_bsz * self.seq_len
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens per step over all ranks."""
+        return self.global_batch_sequences * self.seq_len
+
+
+def most_ranks(config: Config) -> int | None:
+    """The number of ranks at which the global batch reaches its limit; None if nothing limits it.
+
+    0: a single data-parallel rank is over the limit already.
+    """
+    data = config.data
+    if data.max_global_batch_size is None or data.global_batch_size is not None:
+        return None
+    shares = config.parallel.tensor.size * config.parallel.pipeline.size
+    return data.max_global_batch_size // (data.micro_bsz * data.micro_num) * shares
+
+
+def _refuse_not_built(config: Config) -> None:
+    for key, allowed in ALLOWED_TODAY.items():
+        value = reduce(getattr, key.split("."), config)
+        if value not in allowed:
+            choices = " or ".join(map(shorten, allowed))
+            raise ConfigError(f"{key}={shorten(value)} is not supported yet; allowed today: {choices}")
+
+
+def _check_tensor(config: Config) -> None:
+    """What the tensor-parallel ranks share must divide evenly among them."""
+    size, mode, model = config.parallel.tensor.size, config.parallel.tensor.mode, config.model
+    if size == 1:
+        return
+    if mode not in BUILT_MODES:
+        raise ConfigError(
+            f"parallel.tensor.mode={mode!r} with parallel.tensor.size={size} is not supported yet; allowed "
+            f"today: {' or '.join(BUILT_MODES)}, or size 1"
+        )
+    shared = {
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.vocab_size": model.vocab_size,
+        "the feed-forward width (see model.multiple_of)": model.ffn_width,
+    }
+    if mode != "mtp":
+        shared["data.micro_bsz · data.seq_len"] = config.data.micro_bsz * config.data.seq_len
+    for key, value in shared.items():
+        if value % size:
+            raise ConfigError(
+                f"{key}={value} must be a multiple of parallel.tensor.size={size}; change one of the two"
+            )
+
+
+def _check_schedule(config: Config, micro_num: int) -> None:
+    """What torch's 1F1B schedules need of the number of micro-batches."""
+    size, chunks = config.parallel.pipeline.size, config.model.num_chunks
+    given = config.data.global_batch_size is None
+    key = "data.micro_num" if given else "micro_num, from data.global_batch_size,"
+    fix = "data.micro_num" if given else "the micro-batches per rank"
+    if micro_num < size:
+        raise ConfigError(
+            f"{key}={micro_num} is fewer than the ranks of the pipeline, parallel.pipeline.size={size}; "
+            f"set {fix} to at least {size}"
+        )
+    rounds = micro_num // size
+    if chunks > 1 and micro_num % rounds:
+        below = next(n for n in range(micro_num, 0, -1) if n % (n // size) == 0)
+        above = next(n for n in range(micro_num, 2 * micro_num) if n % (n // size) == 0)
+        raise ConfigError(
+            f"{key}={micro_num} cannot be divided into {rounds} equal rounds, as model.num_chunks={chunks} "
+            f"(the interleaved schedule) needs with parallel.pipeline.size={size}; set {fix} to {below} or "
+            f"{above}"
+        )
+
+
+def _micro_num(data: DataConfig, ranks: int) -> int:
+    """Micro-batches per rank, from ``data.global_batch_size`` or as given."""
+    per_round = data.micro_bsz * ranks
+    limit = data.max_global_batch_size
+    if data.global_batch_size is None:
+        batch = per_round * data.micro_num
+        if limit is not None and batch > limit:
+            raise ConfigError(
+                f"the global batch of {batch} sequences (data.micro_bsz={data.micro_bsz} · data.micro_num="
+                f"{data.micro_num} · {ranks} data-parallel ranks) is over data.max_global_batch_size={limit};"
+                + (
+                    f" set data.micro_num to at most {limit // per_round}"
+                    if per_round <= limit
+                    else f" set data.micro_bsz to at most {limit // ranks} and data.micro_num to 1"
+                    if ranks <= limit
+                    else f" use at most {limit} data-parallel ranks"
+                )
+            )
+        return data.micro_num
+    if data.global_batch_size % per_round:
+        below, above = _multiples_around(data.global_batch_size, per_round)
+        if limit is not None and above > limit:
+            above = 0
+        nearest = _either(below, above)
+        fix = f"set data.global_batch_size to {nearest}" if nearest else "use fewer ranks"
+        each, rest = divmod(data.global_batch_size, ranks)
+        if not rest:
+            micro_bsz = max(size for size in range(1, min(data.micro_bsz, each) + 1) if each % size == 0)
+            fix += f", or data.micro_bsz to {micro_bsz}"
+        raise ConfigError(
+            f"data.global_batch_size={data.global_batch_size} cannot be divided over {ranks} data-parallel "
+            f"ranks with data.micro_bsz={data.micro_bsz}: it must be a multiple of {per_round}; {fix}"
+        )
+    return data.global_batch_size // per_round
+
+
+def _dividing(key: str, size: int, group: int) -> int:
+    """``size``, checked to divide the ``group`` of ranks it is cut from."""
+    if group % size:
+        possible = [n for n in range(1, group + 1) if group % n == 0]
+        near = sorted(sorted(possible, key=lambda n: abs(n - size))[:2])
+        raise ConfigError(
+            f"{key}={size} must divide the group of {group} ranks it is cut from; "
+            f"nearest possible: {' or '.join(map(str, near))}"
+        )
+    return size
+
+
+def _multiples_around(value: int, step: int) -> tuple[int, int]:
+    """The multiples of ``step`` just below and just above ``value``; 0 below means there is none."""
+    below = value // step * step
+    return below, below + step
+
+
+def _either(below: int, above: int) -> str:
+    """The numbers that are not 0, joined by "or"."""
+    return " or ".join(str(number) for number in (below, above) if number)

@@ -1,0 +1,65 @@
+"""The device meshes of a layout: which ranks shard, replicate and reduce together."""
+
+from dataclasses import dataclass
+
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from portmoe.parallel.layout import Layout
+
+PIPELINE, DATA, TENSOR = "pipeline", "data", "tensor"
+REPLICATE, SHARD = "replicate", "shard"
+EXPERT_REPLICATE, EXPERT_SHARD, EXPERT = "expert_replicate", "expert_shard", "expert"
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """The groups the ranks of one run form. All are cut from one mesh, so that they compose.
+
+    Attributes:
+        root: every rank, as (PIPELINE, DATA, TENSOR): the tensor ranks are neighbours, the stages far apart.
+        data: the data-parallel ranks of one stage and tensor rank. One dimension (SHARD) where the optimizer
+            state is sharded over all of them; two (REPLICATE, SHARD) where it is sharded over subsets and
+            replicated between them.
+        expert: the data-parallel ranks, neighbours, that together hold all experts of a layer.
+        expert_data: the data-parallel ranks that hold the same experts, in one or two dimensions as ``data``.
+    """
+
+    root: DeviceMesh
+    data: DeviceMesh
+    expert: DeviceMesh
+    expert_data: DeviceMesh
+
+    @property
+    def pipeline(self) -> DeviceMesh:
+        """The ranks that hold the stages of one copy of the model, in the order of the stages."""
+        return self.root[PIPELINE]
+
+    @property
+    def tensor(self) -> DeviceMesh:
+        """The ranks that share each layer."""
+        return self.root[TENSOR]
+
+    @property
+    def data_rank(self) -> int:
+        """This rank among those that see different samples."""
+        return self.root.get_local_rank(DATA)
+
+
+def build_meshes(layout: Layout, device_type: str) -> Meshes:
+    """Create the process groups of ``layout`` on the default process group's ranks. Collective."""
+    shape = (layout.pipeline, layout.data, layout.tensor)
+    root = init_device_mesh(device_type, shape, mesh_dim_names=(PIPELINE, DATA, TENSOR))
+    data = _cut(root[DATA], (layout.data // layout.zero1, layout.zero1), (REPLICATE, SHARD))
+    holders = layout.data // layout.expert
+    experts = _cut(
+        root[DATA],
+        (holders // layout.expert_shards, layout.expert_shards, layout.expert),
+        (EXPERT_REPLICATE, EXPERT_SHARD, EXPERT),
+    )
+    return Meshes(root, data, experts[EXPERT], experts[experts.mesh_dim_names[:-1]])
+
+
+def _cut(mesh: DeviceMesh, sizes: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    """The 1-D ``mesh`` in several dimensions, without the first of them where it has size 1."""
+    first = 1 if sizes[0] == 1 else 0
+    return mesh._unflatten(0, sizes[first:], names[first:])

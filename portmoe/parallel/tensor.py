@@ -1,0 +1,135 @@
+"""Tensor parallelism: neighbouring ranks share every layer of one micro-batch.
+
+Each rank holds some heads of the attention, part of the width of every network and part of the vocabulary. A
+network or an attention is a region: what enters is whole on every rank, what each rank computes there is a
+part of a sum, and leaving adds the parts up (Shoeybi et al. 2019, arXiv:1909.08053). Between the regions
+
+* ``mtp``: every rank has all tokens: entering is free and leaving is an all-reduce, and backward the reverse;
+* ``msp``: every rank has its share of the tokens, also in norms and residuals: entering gathers them, leaving
+  reduces and scatters, and backward the reverse (Korthikanti et al. 2022, arXiv:2205.05198).
+
+Inside a region every rank sees the whole micro-batch, so capacity, slots and drops are those of one process.
+Gradients there are parts of a sum too: of the parameters that are not cut, ``sum_gradients`` adds them up,
+once a step. ``vocabulary`` has the embedding, the head and the loss.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+
+from portmoe.model.attention import Attention
+from portmoe.model.decoder import Decoder
+from portmoe.model.feed_forward import FeedForward
+from portmoe.model.linear import Linear
+from portmoe.model.moe import MoELayer
+from portmoe.model.norm import RMSNorm
+from portmoe.model.precision import computed
+from portmoe.model.router import Router
+from portmoe.ops import Routing
+
+
+@dataclass(frozen=True)
+class Region:
+    """How activations enter and leave the part of a layer that ``mesh``'s ranks share."""
+
+    mesh: DeviceMesh
+    outside: Placement  # of the tokens between the regions
+
+    @classmethod
+    def of_mode(cls, mesh: DeviceMesh, mode: str) -> "Region":
+        return cls(mesh, Replicate() if mode == "mtp" else Shard(0))
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """All tokens; the gradients of all ranks are summed on the way back."""
+        whole = DTensor.from_local(x, self.mesh, [self.outside], run_check=False)
+        return whole.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+
+    def leave(self, y: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' ``y``, of this rank's tokens."""
+        parts = DTensor.from_local(y, self.mesh, [Partial()], run_check=False)
+        return parts.redistribute(placements=[self.outside]).to_local()
+
+
+def cut(module: nn.Module, name: str, mesh: DeviceMesh, placements: list[Placement]) -> None:
+    """Leave this rank its part of a parameter on the meta device, as a DTensor."""
+    whole = module.get_parameter(name).detach()
+    setattr(module, name, nn.Parameter(distribute_tensor(whole, mesh, placements, src_data_rank=None)))
+
+
+def share(model: Decoder, region: Region) -> None:
+    """Cut attentions and dense networks of ``model``, and make them and the MoE layers regions.
+
+    ``expert.spread`` cuts the experts.
+    """
+    for module in list(model.modules()):
+        if isinstance(module, Attention):
+            for name in ("weight", "bias"):
+                cut(module.qkv, name, region.mesh, [Shard(0)])  # rows are head-major: whole heads
+            cut(module.out, "weight", region.mesh, [Shard(1)])
+            module.out.forward = partial(_linear_part, module.out, region.mesh.size())
+            module.forward = partial(_in_region, region, module.forward)
+        elif isinstance(module, FeedForward):
+            for linear, dim in ((module.w1, 0), (module.w3, 0), (module.w2, 1)):
+                cut(linear, "weight", region.mesh, [Shard(dim)])
+        elif isinstance(module, MoELayer):
+            module.compute = partial(_moe_in_region, region, module.compute)
+    for block in model.layers.values():
+        if not block.is_moe:
+            block.feed_forward.forward = partial(_in_region, region, block.feed_forward.forward)
+
+
+def _in_region(
+    region: Region, compute: Callable[..., torch.Tensor], x: torch.Tensor, *rest: Any
+) -> torch.Tensor:
+    return region.leave(compute(region.enter(x), *rest))
+
+
+def _moe_in_region(
+    region: Region,
+    compute: Callable[[torch.Tensor, int], tuple[torch.Tensor, Routing]],
+    x: torch.Tensor,
+    noise_seed: int,
+) -> tuple[torch.Tensor, Routing]:
+    y, routing = compute(region.enter(x), noise_seed)
+    if routing.aux_loss.requires_grad:
+        # Every rank has the whole auxiliary loss, and in here gradients are summed over the ranks.
+        routing.aux_loss.register_hook(lambda gradient: gradient / region.mesh.size())
+    return region.leave(y), routing
+
+
+def _linear_part(linear: Linear, parts: int, x: torch.Tensor) -> torch.Tensor:
+    """A part of the linear map's result; the bias is not cut, and each rank adds its share of it."""
+    return F.linear(x, computed(linear.weight, x.dtype)) + computed(linear.bias, x.dtype) / parts
+
+
+def summed_parameters(model: nn.Module, region: Region) -> Iterator[nn.Parameter]:
+    """The parameters that every rank holds and of whose gradient it computes only a part."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            yield module.out.bias
+        elif isinstance(module, Router) or (isinstance(module, RMSNorm) and region.outside.is_shard()):
+            yield module.weight
+        elif isinstance(module, MoELayer) and hasattr(module, "coefficient"):
+            yield from module.coefficient.parameters()
+
+
+def sum_gradients(model: nn.Module, region: Region) -> None:
+    """Complete the gradients of ``summed_parameters`` after a step's last backward pass: one all-reduce."""
+    if region.mesh.size() == 1:
+        return
+    gradients = [p.grad for p in summed_parameters(model, region) if p.grad is not None]
+    shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    if not shards:
+        return
+    flat = torch.cat([shard.flatten() for shard in shards])
+    dist.all_reduce(flat, group=region.mesh.get_group())
+    for shard, summed in zip(shards, flat.split([s.numel() for s in shards]), strict=True):
+        shard.copy_(summed.view_as(shard))

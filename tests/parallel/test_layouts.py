@@ -1,0 +1,101 @@
+"""Every layout gives the numbers of one process: losses, gradient norms, counts."""
+
+import pytest
+
+LOSS, NORM = 1e-6, 1e-5  # relative, float32
+
+# ranks, overrides of the layout, overrides of the model
+PP2, PP4, CHUNKS2 = "parallel.pipeline.size=2", "parallel.pipeline.size=4", "model.num_chunks=2"
+OVERLAP = "parallel.pipeline.interleaved_overlap=true"
+LAYERS4 = ["model.num_layers=4"]
+MIXED = ["model.num_layers=5", "model.first_k_dense_replace=2", "moe.noisy_gate_policy=Jitter"]
+NO_EP, EP2 = "parallel.expert.size=1", "parallel.expert.size=2"
+FSDP, SUBSETS, REPLICAS = "parallel.zero1.fsdp=true", "parallel.zero1.size=2", "parallel.zero1.size=1"
+RAGGED = "model.moe_type=MegaBlock-D"
+MANY = "model.num_experts=16"  # most are without a token in a micro-batch of 32
+TP2, TP4, MSP = "parallel.tensor.size=2", "parallel.tensor.size=4", "parallel.tensor.mode=msp"
+DENSE_TOO = ["model.first_k_dense_replace=1", "model.moe_use_residual=true", "loss.label_smoothing=0.1"]
+LAYOUTS = {
+    "mtp2": (2, [TP2], []),
+    "mtp4": (4, [TP4], DENSE_TOO),
+    "mtp2 dp2": (4, [TP2, NO_EP], []),
+    "mtp2 ep2 fsdp": (4, [TP2, FSDP], DENSE_TOO),
+    "mtp2 ep2 ragged": (4, [TP2], [RAGGED]),
+    "mtp2 pp2": (4, [TP2, PP2], LAYERS4),
+    "mtp2 recomputed": (2, [TP2, "model.checkpoint=true"], []),
+    "msp2": (2, [TP2, MSP], []),
+    "msp4": (4, [TP4, MSP], DENSE_TOO),
+    "msp2 dp2 zero1 off": (4, [TP2, MSP, NO_EP, REPLICAS], []),
+    "msp2 ep2": (4, [TP2, MSP], DENSE_TOO),
+    "msp2 pp2 interleaved": (4, [TP2, MSP, PP2, CHUNKS2], LAYERS4),
+    "msp2 recomputed": (2, [TP2, MSP, "model.checkpoint=true"], ["moe.noisy_gate_policy=Jitter"]),
+    "dp2": (2, [NO_EP], []),
+    "dp4": (4, [NO_EP], []),
+    "dp4 zero1 off": (4, [NO_EP, REPLICAS], []),
+    "dp4 subsets of 2": (4, [NO_EP, SUBSETS], []),
+    "dp2 fsdp": (2, [NO_EP, FSDP], []),
+    "dp4 fsdp in subsets of 2": (4, [NO_EP, FSDP, SUBSETS], []),
+    "ep2": (2, [], []),
+    "ep4": (4, [], []),
+    "ep2 of dp4": (4, [EP2], []),
+    "ep2 of dp4 zero1 off": (4, [EP2, REPLICAS], []),
+    "ep2 of dp4 subsets of 2": (4, [EP2, SUBSETS], []),
+    "ep2 of dp4 fsdp": (4, [EP2, FSDP], []),
+    "ep4 ragged": (4, [], [RAGGED]),
+    "ep2 of dp4 ragged, 16 experts": (4, [EP2], [RAGGED, MANY]),
+    "ep4 16 experts": (4, [], [MANY]),
+    "ep4 MegaBlock": (4, [], ["model.moe_type=MegaBlock"]),
+    "ep4 capacity as needed": (4, [], ["moe.top_k=1", "moe.drop_tokens=false", "moe.use_rts=false"]),
+    "ep2 recomputed": (2, [], ["model.checkpoint=true", "model.moe_use_residual=true"]),
+    "pp2": (2, [PP2], LAYERS4),
+    "pp2 interleaved": (2, [PP2, CHUNKS2], LAYERS4),
+    "pp2 interleaved overlapped": (2, [PP2, CHUNKS2, OVERLAP], LAYERS4),
+    "pp2 recomputed": (2, [PP2, "model.checkpoint=0.75"], LAYERS4),
+    "pp2 dense and noisy layers": (2, [PP2], MIXED),
+    "pp4": (4, [PP4], LAYERS4),
+    "pp2 dp2": (4, [PP2, NO_EP], LAYERS4),
+    "pp2 dp2 zero1 off": (4, [PP2, NO_EP, REPLICAS], LAYERS4),
+    "pp2 dp2 interleaved": (4, [PP2, NO_EP, CHUNKS2, OVERLAP], LAYERS4),
+    "pp2 dp2 fsdp": (4, [PP2, FSDP], LAYERS4),
+    "pp2 dp2 interleaved fsdp": (4, [PP2, CHUNKS2, FSDP], LAYERS4),
+    "pp2 ep2": (4, [PP2], LAYERS4),
+    "pp2 ep2 interleaved ragged": (4, [PP2, CHUNKS2], [*LAYERS4, RAGGED]),
+}
+
+# The rest of the matrix is behind -m slow.
+FAST = {
+    *("mtp2", "mtp2 ep2 fsdp", "msp2", "msp2 pp2 interleaved"),
+    *("dp2", "dp4 zero1 off", "dp4 subsets of 2", "dp2 fsdp"),
+    *("ep2", "ep4", "ep2 of dp4 fsdp", "ep4 ragged", "ep4 capacity as needed"),
+    *("pp2", "pp2 interleaved", "pp2 dense and noisy layers", "pp4", "pp2 dp2", "pp2 ep2"),
+}
+
+
+def assert_same(records, expected) -> None:
+    assert len(records) == len(expected) > 0
+    for ours, theirs in zip(records, expected, strict=True):
+        for key in ("loss", "moe_loss", "loss_from_metric"):
+            assert ours[key] == pytest.approx(theirs[key], rel=LOSS), (ours["step"], key)
+        assert list(ours["grad_norm"].values()) == pytest.approx(
+            list(theirs["grad_norm"].values()), rel=NORM
+        ), ours["step"]
+        for key in ("tokens/en", "acc", "expert_load", "dropped_token_rate", "num_consumed_tokens"):
+            assert ours[key] == pytest.approx(theirs[key], rel=LOSS), (ours["step"], key)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
+)
+def test_the_numbers_of_one_process(name, run, alone):
+    ranks, layout, model = LAYOUTS[name]
+    assert_same(run(ranks, *layout, *model), alone(*model))
+
+
+def test_checkpoints_move_between_layouts(run, alone, tmp_path):
+    """One process → experts over 4 ranks → over 2 of 4, sharded there → every rank its own, each resuming."""
+    saving = ["ckpt.enable_save_ckpt=true"]
+    for ranks, layout, steps in ((1, [], 2), (4, [], 4), (4, [EP2, FSDP], 6), (2, [NO_EP], 10)):
+        keys = (*saving, *layout, f"data.total_steps={steps}", "lr_scheduler.total_steps=10")
+        records = run(ranks, *keys, directory=tmp_path / "run")
+        assert len(records) == steps
+    assert_same(records, alone())

@@ -1,0 +1,76 @@
+"""What the dry run says a layout communicates, against what real ranks communicate."""
+
+import pytest
+from test_layouts import CHUNKS2, LAYERS4, MIXED, OVERLAP, PP2, PP4
+from worlds import MODEL, train
+
+import portmoe
+from portmoe.parallel.layout import Layout
+from portmoe.parallel.traffic import Counted
+from portmoe.training import run as training_run
+from portmoe.training.engine import NativeEngine
+from portmoe.training.fake_world import measure
+
+FSDP, BF16 = "parallel.zero1.fsdp=true", "model.dtype=bfloat16"
+
+LAYOUTS = {
+    "dp2": (2, []),
+    "dp4 subsets": (4, ["parallel.zero1.size=2", *LAYERS4]),
+    "dp2 fsdp": (2, [FSDP, *MIXED]),
+    "dp2 bfloat16": (2, [BF16, "data.total_steps=2"]),
+    "pp2 recomputed": (2, [PP2, "model.checkpoint=0.5", *LAYERS4]),
+    "pp4": (4, [PP4, *LAYERS4]),
+    "pp2 dp2": (4, [PP2, *MIXED]),
+    "pp2 dp2 interleaved fsdp": (4, [PP2, CHUNKS2, OVERLAP, FSDP, *LAYERS4]),
+    "dp2 ragged": (2, ["parallel.expert.size=1", "model.moe_type=MegaBlock-D"]),
+    "dp2 nothing dropped": (
+        2,
+        ["parallel.expert.size=1", "moe.top_k=1", "moe.drop_tokens=false", "model.moe_use_residual=true"],
+    ),
+    "ep2 of dp4 fsdp": (4, ["parallel.expert.size=2", FSDP]),
+    "dp2 pp2, experts not spread": (4, [PP2, "parallel.expert.size=1", *MIXED]),
+    "pp2 dp2, 3 micro-batches": (4, [PP2, "data.global_batch_size=6"]),
+}
+
+
+def communicated(directory, *overrides) -> list[tuple[str, str, int, int]]:
+    """What this rank communicates in its last step: (kind, group, calls, bytes)."""
+    built, steps = [], []
+    original, build = NativeEngine.train_step, training_run.build_meshes
+
+    def build_meshes(*args):
+        built.append(build(*args))
+        return built[0]
+
+    def train_step(engine, *args):
+        with Counted() as counted:
+            outcome = original(engine, *args)
+        steps.append(list(counted.traffic.rows(built[0])))
+        return outcome
+
+    NativeEngine.train_step, training_run.build_meshes = train_step, build_meshes
+    try:
+        train(directory, *overrides, "data.total_steps=2")
+    finally:
+        NativeEngine.train_step, training_run.build_meshes = original, build
+    return steps[-1]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_dry_run_counts_what_real_ranks_communicate(name, world, tmp_path):
+    ranks, keys = LAYOUTS[name]
+    config = portmoe.load_config("tiny_moe4", (*MODEL, *keys))
+    expected = measure(config, Layout.plan(config, ranks))
+    counts = world(ranks).call(communicated, tmp_path / "run", *keys)
+    assert expected.messages
+    assert counts[expected.rank] == expected.messages
+
+
+def test_zero1_moves_every_parameter_once_a_step():
+    """By hand: 11,852,320,768 parameters, 32 · 4 · 4096 of them routers', which stay float32."""
+    config = portmoe.load_config("7b_moe4", ["parallel.expert.size=1"])
+    (gather, scatter) = measure(config, Layout.plan(config, 32)).messages
+    groups = 32 * 2 + 1  # a block, its router, and the rest of the model
+    exact = 32 * 4 * 4096
+    assert gather == ("all-gather", "shard, 32 ranks", groups, 2 * (11_852_320_768 - exact) + 4 * exact)
+    assert scatter == ("reduce-scatter", "shard, 32 ranks", groups, 4 * 11_852_320_768)

@@ -1,0 +1,118 @@
+"""Real ranks for the tests: processes that stay, so that torch is imported once and not per layout."""
+
+import contextlib
+import io
+import json
+import multiprocessing as mp
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+PATIENCE = 120  # seconds for one call; a hang is a failure
+
+
+class World:
+    """``size`` processes. ``call`` runs a function in each, with a launcher's variables set."""
+
+    def __init__(self, size: int) -> None:
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["portmoe.training.run", __name__])
+        self.size = size
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, size), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self._processes)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Each rank's result of ``function(*args)``. Any failure ends the processes."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for pipe in self._pipes:
+            pipe.send((function, args, port))
+        results, failures = [], []
+        for rank, pipe in enumerate(self._pipes):
+            # once one rank has failed, the others may wait for it for ever
+            if not pipe.poll(5 if failures else PATIENCE):
+                failures.append(f"rank {rank} did not answer")
+                continue
+            ok, value = pipe.recv()
+            results.append(value)
+            if not ok:
+                failures.append(f"rank {rank}:\n{value}")
+        if failures:
+            self.end()
+            raise AssertionError("\n".join(failures))
+        return results
+
+    def end(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _serve(pipe: Connection, rank: int, size: int) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, args, port = pipe.recv()
+        except EOFError:
+            return
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "LOCAL_WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                result = (True, function(*args))
+        except BaseException:
+            result = (False, traceback.format_exc())
+        pipe.send(result)
+
+
+MODEL = (
+    "model.num_attention_heads=4",
+    "model.hidden_size=32",
+    "model.num_layers=2",
+    "model.vocab_size=448",
+    "model.multiple_of=16",
+    "data.seq_len=32",
+    "data.micro_bsz=1",
+    "data.global_batch_size=8",
+    "data.num_samples=400",
+    "data.total_steps=10",
+    "ckpt.enable_save_ckpt=false",
+)
+
+
+def train(directory: Path, *overrides: str) -> None:
+    """One rank's part of a run of the small model."""
+    import portmoe
+    from portmoe.training.run import train
+
+    config = portmoe.load_config("tiny_moe4", (*MODEL, f"run.directory={directory}", *overrides))
+    train(config, "small", "cpu", "torchrun")
+
+
+def records(directory: Path) -> list[dict[str, Any]]:
+    """What a run left in ``metrics.jsonl``, a dict per step."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
