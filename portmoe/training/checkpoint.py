@@ -1,0 +1,436 @@
+"""Checkpoints: torch's distributed checkpoint (DCP) for the tensors, one JSON file for the rest.
+
+A checkpoint is the folder ``step-00000050``; the number counts completed steps. It is written as
+``step-00000050.partial`` and renamed once every rank's data and the JSON are on disk, so that a
+folder with the plain name is whole, whatever killed the run and whenever. ``state.json`` holds the
+trainer's state and a CRC-32 of every file, because torch's reader does not notice a flipped bit.
+
+DCP stores tensors by name and global shape, so a checkpoint saved under one layout loads under any
+other, and it writes a replicated tensor once.
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future as TorchFuture
+
+from portmoe.errors import ConfigError, TrainingError
+
+STATE_FILE = "state.json"
+METADATA_FILE = ".metadata"
+FORMAT = 1
+
+_COMPLETE = re.compile(r"step-(\d{8,})")
+_LEFTOVER = re.compile(r"step-\d{8,}\.(partial|replaced|removed)")
+# What DCP's own metadata is made of: the only classes that reading one may create.
+_METADATA_CLASSES = {
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},  # Python 3.13
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+}
+
+
+class Checkpointer:
+    """Saves into and loads from one folder of checkpoints. Every method is called by all ranks together.
+
+    Args:
+        folder: holds the ``step-*`` folders; must be shared by all ranks.
+        keep: how many of the newest checkpoints stay.
+        asynchronous: copy the tensors, then write in the background while training goes on. The
+            copy stays allocated for the next save: host memory of this rank's share of the tensors.
+        group: a gloo group of all ranks that nothing else uses: the background write communicates.
+    """
+
+    def __init__(self, folder: Path, keep: int, asynchronous: bool, group: dist.ProcessGroup) -> None:
+        self.folder = folder
+        self.keep = keep
+        self.asynchronous = asynchronous
+        self._group = group
+        self._stager = DefaultStager(StagingOptions(False, False, False, False))
+        self._in_flight: tuple[int, Future[Any]] | None = None
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Save ``tensors`` (by name, plain or DTensor) and ``state`` (JSON; rank 0's is kept).
+
+        Asynchronously, it returns once the tensors are copied. A save still in flight is waited for first.
+
+        Raises:
+            TrainingError: this save, or the one in flight, failed. Older checkpoints are untouched.
+        """
+        self.wait()
+        strangers = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
+        if strangers:
+            raise TypeError(f"a checkpoint holds tensors only; put these into the state: {strangers}")
+        detached = {name: value.detach() for name, value in tensors.items()}
+        # A copy: the caller's objects change while a background write waits for its turn.
+        writer = _Writer(self.folder, step, json.loads(json.dumps(state)), self.keep)
+        try:
+            if self.asynchronous:
+                future = dcp.async_save(
+                    detached, storage_writer=writer, process_group=self._group, async_stager=self._stager
+                )
+                self._in_flight = (step, future)
+            else:
+                dcp.save(detached, storage_writer=writer, process_group=self._group)
+        except (Exception, dcp.CheckpointException) as error:
+            raise self._save_failed(step, error) from error
+
+    def wait(self) -> None:
+        """Return when nothing is in flight; raise TrainingError if what was in flight failed."""
+        if self._in_flight is None:
+            return
+        step, future = self._in_flight
+        self._in_flight = None
+        try:
+            future.result()
+        except (Exception, dcp.CheckpointException) as error:
+            raise self._save_failed(step, error) from error
+
+    def close(self) -> None:
+        """Wait for the save in flight and free the copy."""
+        try:
+            self.wait()
+        finally:
+            self._stager.close()
+
+    def latest(self) -> int | None:
+        """The newest complete checkpoint's step, or None. Removes what killed runs left over."""
+        self.wait()
+        return _on_first_rank(self._group, self._tidied_latest)
+
+    def load(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Fill ``tensors`` in place from the checkpoint of ``step``; return its state. See ``read``."""
+        self.wait()
+        return read(folder_of(self.folder, step), tensors, self._group)
+
+    def resume(
+        self, tensors: Mapping[str, Tensor], log: Callable[[str], None]
+    ) -> tuple[int, dict[str, Any]] | None:
+        """Load the newest checkpoint that can be read; return (step, state), or None if there is none.
+
+        A damaged one is set aside as ``step-*.damaged``, said through ``log``, and the next older is
+        tried: losing some steps is better than losing the run.
+
+        Raises:
+            ConfigError: the checkpoint is of another model.
+            TrainingError: every checkpoint there is damaged.
+        """
+        step = self.latest()
+        failure: TrainingError | None = None
+        while step is not None:
+            try:
+                return step, self.load(step, tensors)
+            except TrainingError as error:
+                failure = error
+            older = _on_first_rank(self._group, lambda step=step: self._set_aside(step))
+            log(f"WARNING: {failure}; going back to {'nothing' if older is None else f'step {older}'}")
+            step = older
+        if failure is not None:
+            raise TrainingError(f"no checkpoint in {self.folder} can be read; the last failure: {failure}")
+        return None
+
+    def _tidied_latest(self) -> int | None:
+        # A run killed between the two renames that replace a checkpoint left only the former one.
+        for former in self.folder.glob("step-*.replaced"):
+            if not former.with_suffix("").exists():
+                os.replace(former, former.with_suffix(""))
+        if self.folder.is_dir():
+            for entry in self.folder.iterdir():
+                if _LEFTOVER.fullmatch(entry.name):
+                    shutil.rmtree(entry)
+        return max(complete_steps(self.folder), default=None)
+
+    def _set_aside(self, step: int) -> int | None:
+        damaged = folder_of(self.folder, step)
+        aside = damaged.with_suffix(".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(damaged, aside)
+        return max(complete_steps(self.folder), default=None)
+
+    def _save_failed(self, step: int, error: BaseException) -> TrainingError:
+        if dist.get_rank(self._group) == 0:
+            shutil.rmtree(_partial(self.folder, step), ignore_errors=True)  # a full disk needs the room
+        kept = ", ".join(map(str, complete_steps(self.folder))) or "none"
+        return TrainingError(
+            f"the checkpoint of step {step} could not be written to {self.folder}: {_cause(error)}; "
+            f"complete checkpoints there: {kept}. Free space or repair the disk, or set "
+            "ckpt.save_ckpt_folder to another one; the run resumes from the newest complete checkpoint"
+        )
+
+
+def folder_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` lies inside ``folder``."""
+    return folder / f"step-{step:08d}"
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """The steps of the complete checkpoints in ``folder``, ascending. Looks only; communicates nothing."""
+    if not folder.is_dir():
+        return []
+    names = [
+        match
+        for entry in folder.iterdir()
+        if (match := _COMPLETE.fullmatch(entry.name)) and (entry / STATE_FILE).is_file()
+    ]
+    return sorted(int(match[1]) for match in names)
+
+
+def read(
+    checkpoint: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup, *, subset: bool = False
+) -> dict[str, Any]:
+    """Fill ``tensors`` in place from the folder of one checkpoint; return the state saved with it.
+
+    Args:
+        subset: tensors of the checkpoint that are not asked for are passed over, as when only the
+            model is wanted and not the optimizer.
+
+    Raises:
+        ConfigError: not a checkpoint, or names, shapes or dtypes differ. No tensor was touched.
+        TrainingError: a file is missing or damaged. Tensors may be half filled.
+    """
+    record = _on_first_rank(group, lambda: _read_record(checkpoint))
+    _verify_files(checkpoint, record["files"], group)
+    reader = _Reader(checkpoint)
+    found: list[Metadata] = []
+    _agree(group, lambda: found.append(reader.read_metadata()))
+    (metadata,) = found
+    unclaimed = [] if subset else _unclaimed(metadata, tensors, group)
+    _agree(group, lambda: _check_names(checkpoint, tensors, metadata, unclaimed))
+    try:
+        dcp.load(dict(tensors), storage_reader=reader, process_group=group)
+    except (Exception, dcp.CheckpointException) as error:
+        raise TrainingError(f"checkpoint {checkpoint} cannot be read: {_cause(error)}") from error
+    return record["state"]
+
+
+@dataclass(frozen=True)
+class _Written(WriteResult):
+    """What DCP reports of one tensor written, and the checksum of the file it lies in."""
+
+    crc32: int
+
+
+class _Writer(dcp.FileSystemWriter):
+    """DCP's writer into the partial folder; ``finish`` makes the checkpoint whole.
+
+    DCP calls ``prepare_global_plan`` on rank 0 before any rank writes, and ``finish`` on rank 0
+    after every rank has written and synced; what either raises reaches all ranks.
+    """
+
+    def __init__(self, folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
+        super().__init__(_partial(folder, step))
+        self._folder, self._step, self._state, self._keep = folder, step, state, keep
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        partial = Path(self.path)
+        shutil.rmtree(partial)  # a killed run may have left files of another layout
+        partial.mkdir()
+        return super().prepare_global_plan(plans)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        results = super().write_data(plan, planner).value()
+        names = {result.storage_data.relative_path for result in results}
+        sums = {name: _crc32(Path(self.path, name)) for name in names}
+        _sync_folder(Path(self.path))
+        written: TorchFuture[list[WriteResult]] = TorchFuture()
+        written.set_result([_Written(**vars(r), crc32=sums[r.storage_data.relative_path]) for r in results])
+        return written
+
+    def finish(self, metadata: Metadata, results: list[list[_Written]]) -> None:
+        super().finish(metadata, results)
+        partial, final = Path(self.path), folder_of(self._folder, self._step)
+        files = {r.storage_data.relative_path: r.crc32 for of_rank in results for r in of_rank}
+        files[METADATA_FILE] = _crc32(partial / METADATA_FILE)
+        record = {"format": FORMAT, "step": self._step, "files": files, "state": self._state}
+        with open(partial / STATE_FILE, "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_folder(partial)
+        replaced = final.with_suffix(".replaced")
+        if final.exists():
+            os.replace(final, replaced)
+        os.replace(partial, final)
+        _sync_folder(self._folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._remove_old()
+
+    def _remove_old(self) -> None:
+        steps = [step for step in complete_steps(self._folder) if step <= self._step]
+        for step in steps[: -self._keep]:
+            old = folder_of(self._folder, step)
+            doomed = old.with_suffix(".removed")  # a half-removed folder must not look complete
+            os.replace(old, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+class _Reader(dcp.FileSystemReader):
+    """DCP's reader, taking nothing from the metadata file but DCP's own classes."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        try:
+            with open(Path(self.path, METADATA_FILE), "rb") as file:
+                return _MetadataUnpickler(file).load()
+        except (pickle.UnpicklingError, EOFError) as error:
+            raise TrainingError(f"checkpoint {self.path} is damaged: {METADATA_FILE}: {error}") from error
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """DCP writes its index as a pickle; a foreign one must not be able to run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = name in _METADATA_CLASSES.get(module, ())
+        if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint's metadata")
+
+
+def _partial(folder: Path, step: int) -> Path:
+    return folder_of(folder, step).with_suffix(".partial")
+
+
+def _read_record(checkpoint: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        if record["format"] != FORMAT:
+            raise ConfigError(
+                f"checkpoint {checkpoint} has format {record['format']}; this version reads {FORMAT}"
+            )
+        return {"files": dict(record["files"]), "state": dict(record["state"])}
+    except (FileNotFoundError, NotADirectoryError) as error:
+        steps = complete_steps(checkpoint)
+        hint = f"; did you mean {folder_of(checkpoint, steps[-1])}?" if steps else ""
+        raise ConfigError(f"{checkpoint} is not a checkpoint: it holds no {STATE_FILE}{hint}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"checkpoint {checkpoint} is damaged: {STATE_FILE}: {error}") from error
+
+
+def _verify_files(checkpoint: Path, files: Mapping[str, int], group: dist.ProcessGroup) -> None:
+    """Compare the checksums of all files, each rank taking a share of them."""
+
+    def damaged(name: str) -> str | None:
+        try:
+            return None if _crc32(checkpoint / name) == files[name] else f"{name}: wrong checksum"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+
+    def verify() -> None:
+        share = sorted(files)[dist.get_rank(group) :: dist.get_world_size(group)]
+        problems = [problem for problem in map(damaged, share) if problem]
+        if problems:
+            raise TrainingError(f"checkpoint {checkpoint} is damaged: {'; '.join(problems)}")
+
+    _agree(group, verify)
+
+
+def _unclaimed(metadata: Metadata, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> list[str]:
+    """The tensors of the checkpoint that no rank asks for; a pipeline's ranks each ask for their own."""
+    names = sorted(metadata.state_dict_metadata)
+    claims = torch.tensor([name in tensors for name in names], dtype=torch.int32)
+    dist.all_reduce(claims, op=dist.ReduceOp.MAX, group=group)
+    return [name for name, claimed in zip(names, claims.tolist(), strict=True) if not claimed]
+
+
+def _check_names(
+    checkpoint: Path, tensors: Mapping[str, Tensor], metadata: Metadata, unclaimed: Sequence[str]
+) -> None:
+    saved = metadata.state_dict_metadata
+    problems = [f"{name} is not in the checkpoint" for name in sorted(tensors.keys() - saved.keys())]
+    problems += [f"{name} is not in this model" for name in unclaimed]
+    for name in sorted(tensors.keys() & saved.keys()):
+        kept, wanted = saved[name], tensors[name]
+        if not isinstance(kept, TensorStorageMetadata):
+            problems.append(f"{name} is no tensor in the checkpoint")
+        elif kept.size != wanted.size():
+            problems.append(f"{name} is {list(kept.size)} there and {list(wanted.size())} here")
+        elif kept.properties.dtype != wanted.dtype:
+            problems.append(f"{name} is {kept.properties.dtype} there and {wanted.dtype} here")
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ConfigError(
+            f"checkpoint {checkpoint} is not of this model: {'; '.join(problems[:8])}{more}. Use the model "
+            "section it was saved with, or another run.directory"
+        )
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the folder's entries on disk, so that a machine crash cannot lose a file that was synced."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cause(error: BaseException) -> str:
+    """One line: which rank failed and with what."""
+    if isinstance(error, dcp.CheckpointException):
+        failures = sorted(error.failures.items())
+        return "; ".join(f"rank {rank}: {type(why).__name__}: {why}" for rank, (why, _) in failures)
+    return f"{type(error).__name__}: {error}"
+
+
+def _on_first_rank(group: dist.ProcessGroup, work: Callable[[], Any]) -> Any:
+    """Do ``work`` on rank 0 of the group; every rank gets its result or its error."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank(group) == 0:
+        try:
+            outcome[0] = work()
+        except (ConfigError, TrainingError) as error:
+            outcome[1] = error
+        except OSError as error:
+            outcome[1] = TrainingError(f"the checkpoint folder cannot be used: {error}")
+    dist.broadcast_object_list(outcome, src=dist.get_global_rank(group, 0), group=group)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def _agree(group: dist.ProcessGroup, work: Callable[[], None]) -> None:
+    """Do ``work`` on every rank; if it fails on any, every rank raises the lowest such rank's error."""
+    mine: ConfigError | TrainingError | None = None
+    try:
+        work()
+    except (ConfigError, TrainingError) as error:
+        mine = error
+    errors: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(errors, mine, group=group)
+    for error in errors:
+        if error is not None:
+            raise error

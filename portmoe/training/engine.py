@@ -1,0 +1,177 @@
+"""The native engine: one optimizer step of the sharded model, and evaluation."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from portmoe.config import Config
+from portmoe.data.batch import Batch
+from portmoe.data.packing import IGNORED
+from portmoe.model.decoder import DecoderOutput, StageOutput
+from portmoe.model.init import initialise
+from portmoe.model.parameters import merged, parameter_groups
+from portmoe.ops.table import OpTable
+from portmoe.parallel import tensor, zero
+from portmoe.parallel.build import build
+from portmoe.parallel.layout import Layout
+from portmoe.parallel.mesh import Meshes
+from portmoe.parallel.tensor import Region
+from portmoe.training.loss_scale import LossScale
+from portmoe.training.metrics import StepMetrics
+from portmoe.training.optimizer import Optimizer, clip_scale
+from portmoe.training.schedule import beta2, learning_rate
+from portmoe.training.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from portmoe.parallel.pipeline import Consume
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one optimizer step did, beside the metrics of its micro-batches."""
+
+    metrics: StepMetrics
+    gradient_norms: dict[str, float]  # group → L2 norm, unscaled, before clipping
+    layer_gradient_norms: dict[str, list[float]]  # the same by place in the model, see ``optimizer.place``
+    learning_rate: float
+    beta2: float
+    loss_scale: float  # as used in this step
+    forward_backward_seconds: float
+    backward_seconds: float
+
+
+class NativeEngine:
+    """ZeRO-1 over the data-parallel ranks and a pipeline of stages, by PyTorch's own engines.
+
+    ``model`` holds this rank's stages of the decoder, a single one without a pipeline.
+
+    Args:
+        ops: the chosen operations.
+        world: a CPU process group of all ranks.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        layout: Layout,
+        ops: OpTable,
+        meshes: Meshes,
+        device: torch.device,
+        world: dist.ProcessGroup,
+    ) -> None:
+        self.model = build(config, ops, meshes)
+        self.model.to_empty(device=device)
+        for decoder in self.model:
+            initialise(decoder, config)
+        groups = merged(map(parameter_groups, self.model))
+        holders = layout.world // layout.pipeline
+        self.optimizer = Optimizer(groups, ops.adamw, config.adam, world, config.model.num_layers, holders)
+        self.loss_scale = LossScale(config.grad_scaler, config.model.dtype)
+        self._region = Region.of_mode(meshes.tensor, config.parallel.tensor.mode)
+        self._config = config
+        self._device = device
+        self._backward_clock = Stopwatch(device)
+        self._step_clock = Stopwatch(device)
+        self._pipeline = None
+        if layout.pipeline > 1:
+            # Imported where needed: it takes about as long as the rest of torch.
+            from portmoe.parallel.pipeline import Pipeline
+
+            around_backward = (self._backward_clock.start, self._backward_clock.stop)
+            self._pipeline = Pipeline(config, layout, meshes, self.model, device, around_backward)
+
+    def train_step(self, step: int, batches: Sequence[Batch]) -> StepOutcome:
+        """One update from this rank's micro-batches; skipped where any rank's gradient is not finite."""
+        scale = self.loss_scale.scale
+        batches = [batch.to(self._device, non_blocking=True) for batch in batches]
+        metrics = StepMetrics(self._config.model.num_experts, batches)
+
+        def objective(batch: Batch, output: DecoderOutput | StageOutput) -> torch.Tensor | None:
+            loss = mean_loss(output, batch)
+            metrics.add(batch, output, loss)
+            if loss is None:
+                return None
+            return (loss + self._config.loss.moe_loss_coeff * output.aux_loss) * (scale / len(batches))
+
+        self.model.train()
+        self._step_clock.start()
+        if self._pipeline is None:
+            self._accumulate(batches, objective)
+        else:
+            self._pipeline.train(batches, objective)
+        tensor.sum_gradients(self.model, self._region)
+        self._step_clock.stop()
+        layer_norms = self.optimizer.gradient_norms(scale)
+        norms = {group: math.hypot(*by_place) for group, by_place in layer_norms.items()}
+        finite = all(map(math.isfinite, norms.values()))
+        lr, second_beta = learning_rate(self._config, step), beta2(self._config, step)
+        if finite:
+            clip = clip_scale(norms, self._config.hybrid_zero_optimizer.clip_grad_norm)
+            self.optimizer.step(lr=lr, beta2=second_beta, gradient_scale=clip / scale)
+        self.optimizer.clear_gradients()
+        self.loss_scale.update(finite)
+        return StepOutcome(
+            metrics=metrics,
+            gradient_norms=norms,
+            layer_gradient_norms=layer_norms,
+            learning_rate=lr,
+            beta2=second_beta,
+            loss_scale=scale,
+            forward_backward_seconds=self._step_clock.seconds(),
+            backward_seconds=self._backward_clock.seconds(),
+        )
+
+    def _accumulate(self, batches: Sequence[Batch], objective: "Consume") -> None:
+        (decoder,) = self.model
+        for number, batch in enumerate(batches):
+            zero.begin_micro_batch(decoder, last=number == len(batches) - 1)
+            result = objective(batch, decoder(batch.tokens_T, batch))
+            self._backward_clock.start()
+            result.backward()
+            self._backward_clock.stop()
+
+    def evaluate(self, batches: Sequence[Batch]) -> StepMetrics:
+        """The metrics of ``batches`` with evaluation's capacity and without noise; changes nothing."""
+        batches = [batch.to(self._device, non_blocking=True) for batch in batches]
+        metrics = StepMetrics(self._config.model.num_experts, batches)
+
+        def measure(batch: Batch, output: DecoderOutput | StageOutput) -> torch.Tensor | None:
+            loss = mean_loss(output, batch)
+            metrics.add(batch, output, loss)
+            return loss
+
+        self.model.eval()
+        if self._pipeline is None:
+            (decoder,) = self.model
+            with torch.no_grad():
+                for batch in batches:
+                    measure(batch, decoder(batch.tokens_T, batch))
+        else:
+            self._pipeline.evaluate(batches, measure)
+        zero.drop_compute_copies(self.model)
+        return metrics
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything a checkpoint holds as tensors, by name; writing into them restores it."""
+        model = {f"model.{name}": p.detach() for name, p in self.optimizer.parameters.items()}
+        return model | {f"optimizer.{name}": t for name, t in self.optimizer.tensors().items()}
+
+    def state(self) -> dict[str, int | dict]:
+        """Everything else a checkpoint holds, as JSON can hold it."""
+        return {"updates": self.optimizer.updates, "loss_scale": self.loss_scale.state_dict()}
+
+    def load_state(self, state: dict) -> None:
+        """Continue from ``state``; the tensors have been written into ``tensors()`` before."""
+        self.optimizer.updates = state["updates"]
+        self.loss_scale.load_state_dict(state["loss_scale"])
+
+
+def mean_loss(output: DecoderOutput | StageOutput, batch: Batch) -> torch.Tensor | None:
+    """Mean over the micro-batch's labelled tokens; 0 where it has none, None where the head is elsewhere."""
+    if isinstance(output, StageOutput):
+        return None
+    return output.loss_T.sum() / (batch.labels_T != IGNORED).sum().clamp(min=1)

@@ -1,0 +1,33 @@
+"""Whether a device can hold its rank's share of the model, asked before anything is allocated."""
+
+from portmoe.accelerator import Accelerator
+from portmoe.config import Config
+from portmoe.errors import BackendError
+from portmoe.model.memory import StateBytes, state_bytes
+from portmoe.parallel.layout import Layout
+from portmoe.parallel.stages import fullest_rank, rank_parameters
+from portmoe.training.ranks import Ranks
+
+
+def state_of_rank(config: Config, layout: Layout) -> StateBytes:
+    """Bytes of the weights, gradients and optimizer state of the rank that holds most."""
+    parameters = rank_parameters(config, fullest_rank(config))
+    return state_bytes(config, parameters, layout.zero1, layout.expert, layout.expert_shards, layout.tensor)
+
+
+def require_memory(config: Config, layout: Layout, accelerator: Accelerator, ranks: Ranks) -> None:
+    """Refuse a model whose state alone is larger than the device, which would end the process unexplained.
+
+    Raises:
+        BackendError: it is larger; activations and buffers are not even counted.
+    """
+    needed = state_of_rank(config, layout).total
+    sharing = ranks.local_world_size if accelerator.device.shared else 1
+    available = accelerator.memory.total() // sharing
+    if needed > available:
+        raise BackendError(
+            f"rank {ranks.rank} ({ranks.host}) needs {needed / 2**30:.1f} GiB for weights, gradients and "
+            f"optimizer state, and its share of {accelerator.name} memory is {available / 2**30:.1f} GiB; "
+            "use more ranks (parallel.zero1.size: -1 shards over all of them), set parallel.zero1.fsdp to "
+            "true, or choose a smaller model; `portmoe train --dry-run --world-size N` tells for N ranks"
+        )

@@ -1,0 +1,112 @@
+"""What one step measured: summed on the device, brought to the host once, combined over the ranks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from portmoe.data import DATA_TYPES, Batch
+from portmoe.data.packing import IGNORED
+from portmoe.model.decoder import DecoderOutput, StageOutput
+from portmoe.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """One step's figures over the whole global batch, the same on every rank.
+
+    ``loss`` is the mean over micro-batches of each one's mean over labelled tokens, and ``aux_loss`` the mean
+    over micro-batches of the sum over layers; the per-type lists follow ``DATA_TYPES`` and count labelled
+    tokens; ``assigned`` and ``kept`` count assignments per expert over all layers, before and after drops.
+    ``segments`` is the first data-parallel rank's number, as the benchmark logs it; ``largest_length`` is
+    the longest segment in tokens, ``largest_batch`` and ``smallest_batch`` the most and fewest segments of a
+    micro-batch.
+    """
+
+    loss: float
+    aux_loss: float
+    tokens: list[int]
+    correct: list[int]
+    loss_sums: list[float]
+    assigned: list[int]
+    kept: list[int]
+    segments: int
+    largest_length: int
+    largest_batch: int
+    smallest_batch: int
+    stop_requested: bool
+
+
+class StepMetrics:
+    """Collects the micro-batches of one step on one rank.
+
+    Args:
+        batches: all of them; the ranks of a pipeline have the same ones.
+    """
+
+    def __init__(self, experts: int, batches: Sequence[Batch]) -> None:
+        self._experts = experts
+        self._micro_num = len(batches)
+        self._sums: list[torch.Tensor] = []
+        self._segments = [batch.num_segments for batch in batches]
+        self._longest = max(batch.longest_segment for batch in batches)
+
+    def add(self, batch: Batch, output: DecoderOutput | StageOutput, loss: torch.Tensor | None) -> None:
+        """Record one micro-batch. Launches device work and does not wait for it.
+
+        A stage without the head knows only its own layers' assignments, and has no ``loss``.
+        """
+        types = len(DATA_TYPES)
+        if loss is None:
+            of_head = torch.zeros(2 + 3 * types, device=output.x_TH.device)
+        else:
+            labelled_T = (batch.labels_T != IGNORED).float()
+            correct_T = output.correct_T.float() * labelled_T
+            per_type = torch.stack((labelled_T, correct_T, output.loss_T.detach()))
+            by_type = torch.zeros(3, types, device=loss.device).index_add_(1, batch.types_T, per_type)
+            losses = torch.stack((loss.detach().float(), output.aux_loss.detach().float()))
+            of_head = torch.cat((losses, by_type.flatten()))
+        counts = (output.assigned_LE.sum(0).float(), output.kept_LE.sum(0).float())
+        self._sums.append(torch.cat((of_head, *counts)))
+
+    def reduce(self, stop_requested: bool, group: dist.ProcessGroup, layout: Layout) -> StepTotals:
+        """Combine over all ranks: one transfer to the host and one collective.
+
+        ``stop_requested`` by any rank is seen by all, so that they stop after the same step.
+
+        Args:
+            group: a CPU process group of all ranks.
+            layout: which of them see different micro-batches, and which the same.
+        """
+        sums = torch.stack(self._sums).cpu().double().sum(0)
+        marks = [sum(self._segments), self._longest, max(self._segments), min(self._segments), stop_requested]
+        mine = torch.cat((sums, torch.tensor(marks, dtype=torch.float64)))
+        ranks = [torch.empty_like(mine) for _ in range(group.size())]
+        dist.all_gather(ranks, mine, group=group)
+        everyone = torch.stack(ranks)
+        micro_batches = self._micro_num * layout.data
+        # The tensor ranks, which are neighbours, measured the same.
+        sums = everyone[:: layout.tensor, : len(sums)].sum(0)
+        return self._totals(sums, everyone[:, len(mine) - len(marks) :], micro_batches)
+
+    def _totals(self, sums: torch.Tensor, marks_RM: torch.Tensor, micro_batches: int) -> StepTotals:
+        types, experts = len(DATA_TYPES), self._experts
+        scalars, tokens, correct, losses, assigned, kept = sums.split(
+            (2, types, types, types, experts, experts)
+        )
+        loss, aux_loss = (scalars / micro_batches).tolist()
+        return StepTotals(
+            loss=loss,
+            aux_loss=aux_loss,
+            tokens=[int(n) for n in tokens],
+            correct=[int(n) for n in correct],
+            loss_sums=losses.tolist(),
+            assigned=[int(n) for n in assigned],
+            kept=[int(n) for n in kept],
+            segments=int(marks_RM[0, 0]),
+            largest_length=int(marks_RM[:, 1].max()),
+            largest_batch=int(marks_RM[:, 2].max()),
+            smallest_batch=int(marks_RM[:, 3].min()),
+            stop_requested=bool(marks_RM[:, 4].any()),
+        )

@@ -1,0 +1,64 @@
+"""Signals become a flag, and the former handlers come back."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from portmoe.training.interrupt import Interrupt
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_only_raises_the_flag(number):
+    with Interrupt() as interrupt:
+        assert not interrupt.requested
+        os.kill(os.getpid(), number)
+        assert interrupt.requested
+        assert interrupt.received is number
+
+
+def test_sigterm_may_come_any_number_of_times():
+    with Interrupt() as interrupt:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)  # the first SIGINT is a request too
+        assert interrupt.received is signal.SIGTERM
+
+
+def test_second_sigint_interrupts_at_once():
+    with Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.requested
+
+
+def test_former_handlers_come_back_even_after_an_error():
+    seen = []
+    former = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        with pytest.raises(ValueError, match="boom"), Interrupt():
+            raise ValueError("boom")
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert seen == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def test_other_threads_may_enter_without_handlers():
+    before = signal.getsignal(signal.SIGTERM)
+    problems = []
+
+    def enter():
+        try:
+            with Interrupt() as interrupt:
+                assert not interrupt.requested
+        except Exception as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert problems == []
+    assert signal.getsignal(signal.SIGTERM) is before

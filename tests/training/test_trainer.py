@@ -1,0 +1,112 @@
+"""What a whole run leaves behind, started as a user starts it."""
+
+import json
+import subprocess
+
+import pytest
+from run_portmoe import command, environment, losses, records, run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    run(
+        directory,
+        data__total_steps=6,
+        data__valid_every=3,
+        data__valid_micro_num=2,
+        ckpt__enable_save_ckpt=True,
+        ckpt__checkpoint_every=2,
+        ckpt__keep=2,
+    )
+    return directory
+
+
+def test_the_run_directory_is_complete(finished):
+    names = {entry.name for entry in finished.iterdir()}
+    assert {
+        "config.yaml",
+        "environment.json",
+        "ops.json",
+        "metrics.jsonl",
+        "train.log",
+        "checkpoints",
+    } <= names
+    assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
+    assert {"torch", "numpy"} <= json.loads((finished / "environment.json").read_text())["packages"].keys()
+
+
+def test_every_operation_is_recorded_with_its_candidates(finished):
+    record = json.loads((finished / "ops.json").read_text())
+    assert record["attention"]["chosen"] == "sdpa"
+    for choice in record.values():
+        assert [c["name"] for c in choice["candidates"] if c["chosen"]] == [choice["chosen"]]
+        assert all(candidate["reason"] for candidate in choice["candidates"])
+
+
+def test_only_the_newest_checkpoints_stay(finished):
+    assert sorted(entry.name for entry in (finished / "checkpoints").iterdir()) == [
+        "step-00000004",
+        "step-00000006",
+    ]
+
+
+def test_one_record_a_step_and_validations_where_due(finished):
+    metrics = records(finished)
+    assert [record["step"] for record in metrics] == list(range(6))
+    assert [record["step"] for record in metrics if "valid_loss" in record] == [2, 5]
+    # untrained guessing over 512 tokens is ln 512 = 6.24; six steps of warm-up change it little
+    assert all(4 < record["valid_loss"] < 6.5 for record in metrics if "valid_loss" in record)
+
+
+def test_a_finished_run_is_not_trained_again(finished):
+    before = (finished / "metrics.jsonl").read_bytes()
+    settings = {"data__total_steps": 6, "data__valid_every": 3, "data__valid_micro_num": 2}
+    run(finished, **settings, ckpt__enable_save_ckpt=True, ckpt__checkpoint_every=2)
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_more_steps_continue_a_finished_run(finished):
+    metrics = run(finished, data__total_steps=8, ckpt__enable_save_ckpt=True, lr_scheduler__total_steps=6)
+    assert [record["step"] for record in metrics] == list(range(8))
+
+
+def test_steps_passed_over_are_not_trained(tmp_path):
+    metrics = run(tmp_path / "run", data__total_steps=6, data__skip_batches="1,3-4")
+    assert [record["step"] for record in metrics] == [0, 2, 5]
+
+
+def test_another_global_batch_is_refused_on_resume(tmp_path):
+    settings = {"ckpt__enable_save_ckpt": True, "data__total_steps": 2}
+    run(tmp_path / "run", **settings)
+    settings |= {"data__total_steps": 4, "data__global_batch_size": 8}
+    done = subprocess.run(
+        command(tmp_path / "run", **settings), env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "data.global_batch_size" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_weights_of_another_run_are_a_starting_point(tmp_path):
+    saving = {"ckpt__enable_save_ckpt": True}
+    first = run(tmp_path / "first", data__total_steps=4, **saving)
+    path = str(tmp_path / "first" / "checkpoints" / "step-00000004")
+    weights = run(tmp_path / "weights", data__total_steps=1, ckpt__load_ckpt_info={"path": path})
+    everything = run(
+        tmp_path / "all",
+        data__total_steps=6,
+        lr_scheduler__total_steps=4,
+        ckpt__load_ckpt_info={"path": path, "content": ["all"]},
+    )
+    assert [record["step"] for record in everything] == [4, 5]
+    # the trained weights do better on the first batch than the new ones did
+    assert losses(weights)[0] < losses(first)[0] - 0.05
+
+
+def test_a_model_larger_than_memory_is_refused(tmp_path):
+    line = command(tmp_path / "run", model__hidden_size=2**20)
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 3
+    assert "GiB" in done.stderr
+    assert "Traceback" not in done.stderr
