@@ -1,0 +1,52 @@
+"""Memory of a CPU process, as the operating system counts it.
+
+torch keeps no statistics of CPU tensors, so the figures are those of the whole process: resident
+set and its high-water mark, interpreter and libraries included.
+"""
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+from portmoe.accelerator import Memory
+
+STATUS = Path("/proc/self/status")
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+class CpuMemory(Memory):
+    """Resident memory of this process, in bytes."""
+
+    def allocated(self) -> int:
+        """Resident set now; where there is no /proc, its peak."""
+        return _status("VmRSS") or _peak_of_process()
+
+    def peak(self) -> int:
+        """High-water mark of the resident set since the last ``reset_peak()``."""
+        return _status("VmHWM") or _peak_of_process()
+
+    def reset_peak(self) -> None:
+        """Lower the high-water mark to the present resident set, where the kernel lets us."""
+        try:
+            CLEAR_REFS.write_text("5", encoding="ascii")  # proc(5): 5 resets VmHWM
+        except OSError:
+            return  # the mark then covers the whole life of the process
+
+    def total(self) -> int:
+        """Physical memory of the machine; every rank on it shares this."""
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _status(key: str) -> int:
+    """A size from /proc/self/status in bytes; 0 where there is none."""
+    try:
+        lines = STATUS.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
+
+
+def _peak_of_process() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

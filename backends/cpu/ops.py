@@ -1,0 +1,14 @@
+"""The implementations the CPU offers beside the references."""
+
+from collections.abc import Sequence
+
+from portmoe.accelerator import Operations
+from portmoe.ops import bag_dispatch, buffered_expert_ffn, torch_native
+from portmoe.ops.operation import Implementation
+
+
+class CpuOperations(Operations):
+    """What is written for CPUs, then torch's own fast paths."""
+
+    def implementations(self) -> Sequence[Implementation]:
+        return [*bag_dispatch.ALL, *buffered_expert_ffn.ALL, *torch_native.ALL]

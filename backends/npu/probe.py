@@ -1,0 +1,129 @@
+"""torch_npu, CANN and the Ascend driver, and how they go together, found without torch."""
+
+import os
+import platform
+import re
+from pathlib import Path
+
+from portmoe.accelerator import Probe, Problem
+from portmoe.accelerator.probing import installed_version, pci_devices, release
+
+PCI_VENDOR, PCI_CLASSES = 0x19E5, (0x12,)
+DEVICE_MANAGER = Path("/dev/davinci_manager")
+DRIVER_VERSION = Path("/usr/local/Ascend/driver/version.info")
+CANN_HOMES = (Path("/usr/local/Ascend/ascend-toolkit/latest"), Path("/usr/local/Ascend/cann"))
+
+# torch_npu X.Y.Z needs torch X.Y.Z; the release notes pair its minor version with this CANN.
+CANN_OF = {(2, 11): (9, 1), (2, 12): (9, 1)}
+
+# Read by torch_npu while it is imported.
+ENVIRONMENT = {
+    "TORCH_NPU_FALLBACK_CPU_DISABLE": "1",  # an operation without a kernel is an error, not a slow run
+    "INF_NAN_MODE_ENABLE": "1",  # overflow gives inf, as everywhere else, instead of saturating
+}
+
+INSTALL_CANN = (
+    "install the CANN toolkit and kernels ({version}) and run `source <CANN>/set_env.sh` in the shell that "
+    "starts portmoe"
+)
+INSTALL_DRIVER = "install the Ascend driver and firmware and see that `npu-smi info` lists the device"
+
+
+def software() -> Probe:
+    """Versions of torch_npu, CANN and the driver; what is missing, and pairs that do not go together."""
+    probe = Probe()
+    torch, plugin = installed_version("torch"), installed_version("torch_npu")
+    home = cann_home()
+    cann = cann_version(home) if home else None
+    cards = pci_devices(PCI_VENDOR, PCI_CLASSES)
+    probe.present = bool(cards) or DEVICE_MANAGER.exists()
+    probe.facts["Ascend devices on the PCI bus"] = str(cards)
+    probe.facts["Ascend driver"] = _value(DRIVER_VERSION, "version") or "none"
+    probe.facts["CANN"] = f"{cann or 'version unknown'} in {home}" if home else "none"
+    probe.facts["torch_npu"] = plugin or "none"
+    if not DEVICE_MANAGER.exists():
+        probe.fail("no Ascend device: /dev/davinci_manager does not exist", INSTALL_DRIVER)
+    if not home:
+        searched = ", ".join(["$ASCEND_HOME_PATH", "$ASCEND_TOOLKIT_HOME", *map(str, CANN_HOMES)])
+        probe.fail(f"no CANN in {searched}", INSTALL_CANN.format(version=_cann_for(plugin or torch)))
+    if torch:
+        _check_plugin(probe, torch, plugin)
+    if plugin and cann:
+        _check_cann(probe, plugin, cann)
+    return probe
+
+
+def _check_plugin(probe: Probe, torch: str, plugin: str | None) -> None:
+    wanted = ".".join(map(str, release(torch)))
+    listed = release(torch)[:2] in CANN_OF
+    newest = ".".join(map(str, max(CANN_OF)))
+    pair = f"pip install 'torch=={newest}.*' 'torch_npu=={newest}.*'"
+    same = (
+        f"pip install 'torch_npu=={wanted}.*'" if listed else f"{pair} (torch {wanted} is not in our table)"
+    )
+    if plugin is None:
+        probe.fail("torch_npu is not installed", same)
+    elif release(plugin)[:2] != release(torch)[:2]:
+        probe.warn(f"torch_npu {plugin} does not go with torch {torch}: the versions must agree", same)
+    elif not listed:
+        probe.warn(f"torch_npu {plugin} is not in our table of releases and their CANN", pair)
+
+
+def _check_cann(probe: Probe, plugin: str, cann: str) -> None:
+    wanted = CANN_OF.get(release(plugin)[:2])
+    if wanted and release(cann)[:2] != wanted:
+        probe.warn(
+            f"torch_npu {plugin} is made for CANN {_cann_for(plugin)}, and {cann} is active",
+            INSTALL_CANN.format(version=_cann_for(plugin)),
+        )
+
+
+def _cann_for(torch: str | None) -> str:
+    wanted = CANN_OF.get(release(torch or "")[:2], CANN_OF[max(CANN_OF)])
+    return f"{wanted[0]}.{wanted[1]}"
+
+
+def cann_home() -> Path | None:
+    """Where CANN is: what its set_env.sh says, otherwise the usual places."""
+    named = [Path(os.environ[k]) for k in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME") if os.environ.get(k)]
+    return next((home for home in (*named, *CANN_HOMES) if home.is_dir()), None)
+
+
+def cann_version(home: Path) -> str | None:
+    """CANN's version from the files its packages leave; None where none of them says."""
+    files = (
+        home / f"{platform.machine()}-linux" / "ascend_toolkit_install.info",
+        home / "opp" / "version.info",
+        home / "compiler" / "version.info",
+        home / "runtime" / "version.info",
+    )
+    return next(filter(None, (_value(file, "version") for file in files)), None)
+
+
+def explain_failed_import(message: str) -> Problem | None:
+    """Why torch_npu did not load: a library of CANN or of the driver, or a torch it was not built for."""
+    library = re.search(r"(lib\w+\.so[.\d]*): cannot open shared object", message)
+    if library and library[1].startswith(("libascend_hal", "libdrv", "libdcmi")):
+        return Problem(f"the Ascend driver's {library[1]} is not found", INSTALL_DRIVER)
+    if library and library[1].startswith(
+        ("libhccl", "libascend", "libacl", "libge_", "libgraph", "libopapi")
+    ):
+        version = _cann_for(installed_version("torch_npu"))
+        return Problem(f"CANN's {library[1]} is not found", INSTALL_CANN.format(version=version))
+    if "torch_npu" in message and "undefined symbol" in message:
+        torch, plugin = installed_version("torch"), installed_version("torch_npu")
+        return Problem(
+            f"torch_npu {plugin} was built for another torch than {torch}",
+            "install the same version of both: pip install 'torch==X.Y.*' 'torch_npu==X.Y.*'",
+        )
+    return None
+
+
+def _value(file: Path, key: str) -> str | None:
+    """The value of ``key=value`` in a file of such lines, in any case of letters."""
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.search(rf"^{key}\s*=\s*\"?([^\s\"]+)", text, re.IGNORECASE | re.MULTILINE)
+    return found[1] if found else None

@@ -1,0 +1,17 @@
+"""The implementations Intel GPUs offer beside the references. Untested on hardware."""
+
+from collections.abc import Sequence
+
+from portmoe.accelerator import Operations
+from portmoe.ops import torch_native
+from portmoe.ops.operation import Implementation
+
+# torch plans a grouped_mm for these devices for 2.15.
+LACKING = (torch_native.EXPERT_FFN_GROUPED_MM,)
+
+
+class XpuOperations(Operations):
+    """torch's own fast paths; Triton kernels go in front of them."""
+
+    def implementations(self) -> Sequence[Implementation]:
+        return [i for i in torch_native.ALL if i not in LACKING]

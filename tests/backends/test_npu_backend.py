@@ -1,0 +1,221 @@
+"""The NPU backend against a fake ``torch_npu`` and fake files: simulated, never run on hardware."""
+
+import os
+import platform
+import sys
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from portmoe.accelerator import discovery
+from portmoe.accelerator.preflight import preflight_of
+from portmoe.backends.npu import device, probe
+
+
+@pytest.fixture
+def stack(tmp_path, monkeypatch, pci):
+    """A machine with these versions of torch, torch_npu and CANN; None: not there."""
+
+    def make(torch_version="2.12.0+cpu", plugin="2.12.0.post1", cann="9.1.0", node=True):
+        versions = {"torch": torch_version, "torch_npu": plugin}
+        monkeypatch.setattr(probe, "installed_version", versions.get)
+        monkeypatch.setattr(probe, "DEVICE_MANAGER", tmp_path / "davinci_manager")
+        monkeypatch.setattr(probe, "DRIVER_VERSION", tmp_path / "driver.info")
+        monkeypatch.setattr(probe, "CANN_HOMES", (tmp_path / "usual",))
+        for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        (tmp_path / "driver.info").write_text("Version=25.5.0\nascendhal_version=7.35\n")
+        if node:
+            (tmp_path / "davinci_manager").touch()
+        if cann:
+            info = tmp_path / "cann" / f"{platform.machine()}-linux" / "ascend_toolkit_install.info"
+            info.parent.mkdir(parents=True)
+            info.write_text(f"package_name=Ascend-cann-toolkit\nversion={cann}\n")
+            monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path / "cann"))
+
+    return make
+
+
+def summaries(found, fatal):
+    return [problem.summary for problem in found.problems if problem.fatal is fatal]
+
+
+def test_versions_that_go_together_raise_nothing(stack):
+    stack()
+    found = probe.software()
+    assert found.problems == []
+    assert found.present
+    assert found.facts["CANN"].startswith("9.1.0 in ")
+    assert found.facts["Ascend driver"] == "25.5.0"
+
+
+def test_a_bare_machine_is_told_everything_that_is_missing(stack):
+    stack(plugin=None, cann=None, node=False)
+    found = probe.software()
+    missing = " | ".join(summaries(found, fatal=True))
+    for what in ("/dev/davinci_manager", "no CANN in $ASCEND_HOME_PATH", "torch_npu is not installed"):
+        assert what in missing
+    fixes = " | ".join(problem.fix for problem in found.problems)
+    assert "pip install 'torch_npu==2.12.0.*'" in fixes
+    assert "CANN toolkit and kernels (9.1)" in fixes
+    assert not found.present
+
+
+def test_a_torch_without_a_plug_in_release_is_told_which_pair_to_install(stack):
+    stack(torch_version="2.99.0", plugin=None)
+    assert "'torch==2.12.*' 'torch_npu==2.12.*'" in probe.software().problems[0].fix
+
+
+@pytest.mark.parametrize(
+    ("versions", "said"),
+    [
+        ({"plugin": "2.11.0"}, "torch_npu 2.11.0 does not go with torch 2.12.0"),
+        ({"cann": "8.5.0"}, "made for CANN 9.1, and 8.5.0 is active"),
+        ({"torch_version": "2.99.0", "plugin": "2.99.0"}, "not in our table"),
+    ],
+)
+def test_versions_that_do_not_go_together_are_warned_of(stack, versions, said):
+    stack(**versions)
+    found = probe.software()
+    assert found.usable
+    assert any(said in summary for summary in summaries(found, fatal=False))
+
+
+def test_a_newer_patch_of_the_plug_in_and_of_cann_is_fine(stack):
+    stack(plugin="2.12.0.post3", cann="9.1.2")
+    assert probe.software().problems == []
+
+
+@pytest.mark.parametrize(
+    ("message", "said", "fix"),
+    [
+        ("libhccl.so: cannot open shared object file", "CANN's libhccl.so", "set_env.sh"),
+        ("libascendcl.so: cannot open shared object file", "CANN's libascendcl.so", "set_env.sh"),
+        ("libascend_hal.so: cannot open shared object file", "driver's libascend_hal.so", "npu-smi"),
+        (
+            "torch_npu/lib/libtorch_npu.so: undefined symbol: _ZN3c10",
+            "built for another torch",
+            "same version",
+        ),
+    ],
+)
+def test_failed_imports_are_explained(message, said, fix):
+    problem = probe.explain_failed_import(f"ImportError: {message}")
+    assert said in problem.summary
+    assert fix in problem.fix
+
+
+@pytest.mark.parametrize(
+    "message", ["libcudart.so.13: cannot open shared object file", "no module named 'acl'"]
+)
+def test_what_is_not_this_vendors_is_left_to_others(message):
+    assert probe.explain_failed_import(message) is None
+
+
+@pytest.fixture
+def npu(monkeypatch, fake_device, stack):
+    """A torch with a fake torch_npu that sees ``devices`` devices."""
+
+    def make(devices=2):
+        stack()
+        monkeypatch.setitem(sys.modules, "torch_npu", ModuleType("torch_npu"))
+        return fake_device("npu", devices, "Ascend910B2")
+
+    return make
+
+
+def test_devices_the_plug_in_sees_are_usable(npu):
+    npu(devices=2)
+    found = device.NpuDevice().probe()
+    assert found.problems == []
+    assert found.facts["devices"] == "2 × Ascend910B2"
+
+
+def test_a_plug_in_that_sees_none_is_unusable(npu):
+    npu(devices=0)
+    assert summaries(device.NpuDevice().probe(), fatal=True) == ["torch sees no npu device"]
+
+
+def test_a_plug_in_that_does_not_load_is_explained(stack, monkeypatch, tmp_path):
+    stack()
+    (tmp_path / "torch_npu.py").write_text(
+        "raise ImportError('libhccl.so: cannot open shared object file')", encoding="utf-8"
+    )
+    monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert summaries(device.NpuDevice().probe(), fatal=True) == ["CANN's libhccl.so is not found"]
+
+
+def test_the_device_is_opened_through_its_module(npu, monkeypatch):
+    module = npu()
+    # Without the plug-in torch does not know the device type: a tuple stands for torch.device.
+    fake_torch = SimpleNamespace(get_device_module=lambda _: module, device=lambda *device: device)
+    monkeypatch.setattr(device, "torch", fake_torch)
+    assert device.NpuDevice().open(1) == ("npu", 1)
+    assert module.calls == [("set_device", 1)]
+
+
+def test_the_device_is_seeded_and_waited_for_through_its_module(npu):
+    module = npu()
+    npu_device = discovery.load("npu").device
+    npu_device.seed(7)
+    npu_device.synchronize()
+    assert module.calls == [("manual_seed_all", 7), ("synchronize",)]
+
+
+def test_memory_is_asked_of_the_module(npu):
+    module = npu()
+    memory = discovery.load("npu").memory
+    assert (memory.allocated(), memory.peak(), memory.total()) == (11, 22, 44)
+    memory.reset_peak()
+    assert module.calls[-1] == ("reset_peak_memory_stats",)
+
+
+@pytest.mark.parametrize(("timeout", "seconds"), [(5, "120"), (600, "600"), (10**6, "7200")])
+def test_hccl_waits_as_long_as_the_run_within_its_own_bounds(timeout, seconds):
+    environment = discovery.load("npu").collectives.environment(timedelta(seconds=timeout))
+    assert environment == {"HCCL_CONNECT_TIMEOUT": seconds, "HCCL_EXEC_TIMEOUT": seconds}
+
+
+def test_the_allocator_setting_gives_way_to_torchs_own_variable(monkeypatch):
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    memory = discovery.load("npu").memory
+    assert memory.environment() == {"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"}
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:False")
+    assert memory.environment() == {}
+
+
+def test_silent_cpu_fallback_is_off_before_torch_is_imported():
+    environment = preflight_of(discovery.find("npu")).environment
+    assert environment["TORCH_NPU_FALLBACK_CPU_DISABLE"] == "1"
+
+
+def test_determinism_covers_the_collectives(monkeypatch):
+    monkeypatch.setenv("HCCL_DETERMINISTIC", "x")
+    monkeypatch.delenv("HCCL_DETERMINISTIC")
+    discovery.load("npu").device.set_deterministic(True)
+    torch.use_deterministic_algorithms(False)
+    assert os.environ["HCCL_DETERMINISTIC"] == "true"
+
+
+def test_no_peak_is_claimed_and_a_given_one_is_taken(monkeypatch):
+    monkeypatch.delenv("PORTMOE_PEAK_TFLOPS", raising=False)
+    assert discovery.load("npu").device.peak_flops(torch.bfloat16) is None
+    monkeypatch.setenv("PORTMOE_PEAK_TFLOPS", "354")
+    assert discovery.load("npu").device.peak_flops(torch.bfloat16) == 354e12
+
+
+def test_what_the_plug_in_lacks_is_not_offered():
+    offered = {(i.op, i.name) for i in discovery.load("npu").ops.implementations()}
+    assert ("expert_ffn_ragged", "loop") in offered
+    assert ("expert_ffn_ragged", "grouped_mm") not in offered
+    assert ("adamw", "fused") not in offered
+
+
+def test_the_cann_home_named_by_its_script_goes_before_the_usual_places(stack, tmp_path):
+    stack()
+    (tmp_path / "usual").mkdir()
+    assert probe.cann_home() == Path(os.environ["ASCEND_HOME_PATH"])
