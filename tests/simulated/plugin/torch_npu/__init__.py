@@ -1,0 +1,56 @@
+"""A stand-in for torch_npu: the documented functions on a SIMULATED device. Not the vendor's plug-in.
+
+torch loads it by itself, as it loads the real one, where this folder's parent is on PYTHONPATH. The functions
+keep the documented signatures, argument checks and restrictions; ``faults`` makes them fail on purpose.
+"""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from torch_npu import build, faults
+
+__version__ = "2.13.0+simulated"
+
+torch.ops.load_library(str(build.library()))
+torch.ops.simulated_npu.start()
+torch.utils.rename_privateuse1_backend("npu")
+
+from torch_npu import npu  # noqa: E402  needs what was loaded
+
+torch._register_device_module("npu", npu)
+torch.utils.generate_methods_for_privateuse1_backend()
+
+from torch_npu import operations  # noqa: E402
+
+_repr = torch.Tensor.__repr__
+
+
+def _printed(self: torch.Tensor, *, tensor_contents: object = None) -> str:
+    """Printing computes in float64, which the device refuses: print a copy on the host."""
+    if type(self) is torch.Tensor and self.device.type == "npu":
+        return f"{_repr(self.detach().cpu())[:-1]}, device='{self.device}')"
+    return _repr(self, tensor_contents=tensor_contents)
+
+
+torch.Tensor.__repr__ = _printed
+
+faults.from_environment()
+
+
+def _hccl(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.Backend:
+    return dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
+
+
+dist.Backend.register_backend("hccl", _hccl, devices=["npu"])
+
+
+def _autoload() -> None:
+    """What torch calls after it has imported this module."""
+
+
+def __getattr__(name: str):
+    if name in operations.DOCUMENTED and name not in faults.lacking():
+        return operations.DOCUMENTED[name]
+    raise AttributeError(f"module 'torch_npu' has no attribute {name!r} (simulated)")

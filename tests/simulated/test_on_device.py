@@ -1,0 +1,16 @@
+"""Runs the tests of ``on_device/`` in a process whose torch has the simulated NPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent / "on_device"
+
+
+@pytest.mark.timeout(600)  # compiles the device
+def test_on_the_simulated_device(simulated):
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", str(TESTS)]
+    done = subprocess.run(command, env=simulated, capture_output=True, text=True, timeout=560)
+    assert done.returncode == 0, done.stdout + done.stderr
