@@ -1,0 +1,116 @@
+"""The trials must pass on a healthy device and notice an unhealthy one."""
+
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import portmoe
+from portmoe.accelerator.preflight import Preflight
+from portmoe.environment import trials
+from portmoe.ops import OPERATIONS, Implementation
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def cpu():
+    return portmoe.get_accelerator("cpu")
+
+
+@pytest.fixture
+def group(cpu):
+    cpu.collectives.init(CPU, 0, 1, timedelta(seconds=10), dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", trials.ALLOWED)
+def test_every_dtype_passes_on_the_cpu(dtype):
+    (finding,) = trials.forward_backward(CPU, dtype)
+    assert finding.level == "OK", finding
+
+
+@pytest.mark.parametrize(("dtype", "level"), [(torch.float32, "FAIL"), (torch.bfloat16, "WARN")])
+def test_a_product_that_is_ten_percent_off_is_noticed(monkeypatch, dtype, level):
+    true_linear = F.linear
+
+    def wrong_linear(x, weight):
+        return true_linear(x, weight) * (1.1 if x.dtype == dtype else 1)
+
+    monkeypatch.setattr(F, "linear", wrong_linear)
+    (finding,) = trials.forward_backward(CPU, dtype)
+    assert finding.level == level
+    assert finding.fix
+
+
+def test_nan_is_noticed(monkeypatch):
+    monkeypatch.setattr(F, "silu", lambda x: x * (float("nan") if x.dtype == torch.float32 else 1))
+    (finding,) = trials.forward_backward(CPU, torch.float32)
+    assert finding.level == "FAIL"
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        ("all_reduce", "all_reduce"),
+        ("reduce_scatter_tensor", "reduce_scatter"),
+        ("all_gather_into_tensor", "all_gather"),
+        ("all_to_all_single", "uneven_all_to_all"),
+    ],
+)
+def test_a_collective_with_wrong_values_is_named(cpu, group, monkeypatch, function, name):
+    (finding,) = trials.collectives(cpu, CPU)
+    assert finding.level == "OK", finding
+    true_collective = getattr(dist, function)
+
+    def wrong(tensor, *others):
+        true_collective(tensor, *others)
+        tensor += 1
+
+    monkeypatch.setattr(dist, function, wrong)
+    (finding,) = trials.collectives(cpu, CPU)
+    assert finding.level == "FAIL"
+    assert f"{name} gave" in finding.text
+
+
+def test_a_collective_that_is_not_offered_is_named(cpu, group):
+    class Poor(type(cpu.collectives)):
+        capabilities = frozenset({"all_reduce", "all_gather", "reduce_scatter"})
+
+    (finding,) = trials.collectives(replace(cpu, collectives=Poor()), CPU)
+    assert finding.level == "FAIL"
+    assert "uneven_all_to_all is not offered" in finding.text
+
+
+def test_statistics_that_do_not_count_are_noticed(cpu):
+    class Blind(type(cpu.memory)):
+        def allocated(self):
+            return 0
+
+    assert next(trials.memory(cpu, CPU)).level == "OK"
+    assert next(trials.memory(replace(cpu, memory=Blind()), CPU)).level == "WARN"
+
+
+def test_every_operation_gets_a_line_with_the_reason_why_a_preferred_one_was_not_taken(cpu):
+    class Offers(type(cpu.ops)):
+        def implementations(self):
+            picky = Implementation("rotary", "fused", lambda *_: None, lambda workload: "needs a moon")
+            return [picky, *super().implementations()]
+
+    record, findings = trials.operations(replace(cpu, ops=Offers()), CPU)
+    lines = {finding.check: finding.text for finding in findings if finding.level == "OK"}
+    assert lines.keys() == record.keys() == OPERATIONS.keys()
+    assert lines["rotary"] == "reference (not fused: needs a moon)"
+    assert record["rotary"]["chosen"] == "reference"
+
+
+def test_the_environment_shows_what_is_set(cpu, monkeypatch):
+    monkeypatch.delenv("PORTMOE_PEAK_TFLOPS", raising=False)
+    monkeypatch.setenv("TOY_MODE", "lax")
+    wanted = trials.wanted_environment(cpu, Preflight(environment={"TOY_MODE": "x"}), timedelta(seconds=1))
+    assert next(trials.environment(wanted)).text == "TOY_MODE=lax"
+    assert next(trials.environment([])).text == "needs no variables"
