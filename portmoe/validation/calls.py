@@ -1,0 +1,139 @@
+"""Calling one function on one sample and collecting all it produces, by name."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
+
+from portmoe.ops.operation import Operation, Sample
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that a call produced.
+
+    Attributes:
+        outputs: the tensors returned.
+        written: the arguments that are not differentiated, as the call left them.
+        grads: the gradient of every differentiable argument; zeros where none flowed.
+        kept: the differentiable arguments as the call left them.
+    """
+
+    outputs: dict[str, torch.Tensor]
+    written: dict[str, torch.Tensor]
+    grads: dict[str, torch.Tensor]
+    kept: dict[str, torch.Tensor]
+
+    def compared(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Everything that must agree with the control."""
+        for group in (self.outputs, self.written, self.grads):
+            yield from group.items()
+
+    def same_bits(self, other: "Results") -> bool:
+        """Whether both hold the same numbers to the last bit."""
+        pairs = zip(self.compared(), other.compared(), strict=True)
+        return all(a == b and identical(x, y) for (a, x), (b, y) in pairs)
+
+
+def identical(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """The same shape, dtype and values; NaN equals NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def copied(sample: Sample, dtype: torch.dtype | None, device: torch.device, *, apart: bool = False) -> Sample:
+    """A sample of its own memory: floating-point tensors in ``dtype`` (None: their own), on ``device``.
+
+    ``apart``: the rows of differentiable tensors lie apart in memory, with NaN in between; as slices of a
+    wider tensor do, they start at multiples of 16 bytes.
+    """
+
+    def copy(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Generator):
+            return leaf.clone_state()
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        wanted = dtype if dtype and leaf.is_floating_point() else leaf.dtype
+        fresh = leaf.detach().to(device, wanted, copy=True)
+        if apart and leaf.requires_grad:
+            fresh = _spread(fresh)
+        return fresh.requires_grad_(leaf.requires_grad)
+
+    args, kwargs = tree_map(copy, (sample.args, sample.kwargs))
+    return Sample(sample.label, args, kwargs)
+
+
+def _spread(dense: torch.Tensor) -> torch.Tensor:
+    if dense.dim() == 0:
+        return dense
+    wide = dense.new_full((*dense.shape[:-1], dense.shape[-1] + 16), torch.nan)
+    inner = wide[..., 8 : 8 + dense.shape[-1]]
+    inner.copy_(dense)
+    return inner.detach()
+
+
+def call(
+    operation: Operation, function: Callable[..., Any], sample: Sample, seed: int, *, expanded: bool = False
+) -> Results:
+    """Run forward and backward.
+
+    The gradient handed to each output depends on ``seed`` and the output alone; ``expanded``: it is the
+    same along the last dimension, with one place in memory for all of it.
+    """
+    produced = function(*sample.args, **sample.kwargs)
+    outputs = {f"output{keystr(path)}": t for path, t in _tensors(_with_numbers(produced))}
+    arguments = dict(_arguments(operation, sample))
+    leaves = {name: t for name, t in arguments.items() if t.requires_grad}
+    sources = {name: t for name, t in outputs.items() if t.requires_grad}
+    grads = {f"gradient of {name}": torch.zeros_like(t) for name, t in leaves.items()}
+    if sources and leaves:
+        downstream = [_downstream(t, number, seed, expanded) for number, t in enumerate(outputs.values())]
+        wanted = [d for d, t in zip(downstream, outputs.values(), strict=True) if t.requires_grad]
+        found = torch.autograd.grad(
+            list(sources.values()), list(leaves.values()), wanted, allow_unused=True, materialize_grads=True
+        )
+        grads = dict(zip(grads, found, strict=True))
+    return Results(
+        outputs={name: t.detach() for name, t in outputs.items()},
+        written={f"{name} afterwards": t for name, t in arguments.items() if name not in leaves},
+        grads=grads,
+        kept={name: t.detach() for name, t in leaves.items()},
+    )
+
+
+def _downstream(output: torch.Tensor, number: int, seed: int, expanded: bool) -> torch.Tensor:
+    """Values that every floating-point type holds exactly: multiples of 1/8 in −2 … 2."""
+    generator = torch.Generator().manual_seed(1000 * seed + number)
+    shape = (*output.shape[:-1], 1) if expanded and output.dim() else output.shape
+    values = torch.randint(-16, 17, shape, generator=generator).div(8)
+    return values.to(output.device, output.dtype).expand(output.shape)
+
+
+def _with_numbers(tree: Any) -> Any:
+    """Numbers beside the tensors, as ``Routing.capacity`` is one, become tensors too."""
+    return tree_map(lambda leaf: torch.tensor(leaf) if isinstance(leaf, int) else leaf, tree)
+
+
+def _tensors(tree: Any) -> list[tuple[Any, torch.Tensor]]:
+    return [(path, leaf) for path, leaf in tree_flatten_with_path(tree)[0] if isinstance(leaf, torch.Tensor)]
+
+
+def _arguments(operation: Operation, sample: Sample) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor among the arguments, named as the contract names it."""
+    bound = inspect.signature(operation.reference).bind(*sample.args, **sample.kwargs).arguments
+    for name, value in bound.items():
+        for path, tensor in _tensors(value):
+            yield f"{name}{keystr(path)}", tensor
+
+
+def poison(results: Results, device: torch.device) -> None:
+    """Leave memory of the sizes just used full of NaN, for the next call to find."""
+    sizes = {t.numel() * t.element_size() for t in tree_leaves(vars(results)) if isinstance(t, torch.Tensor)}
+    sizes |= {2**power for power in range(6, 19)}
+    # NaN in every floating-point type when all bits are set, and −1 as an integer.
+    blocks = [torch.full((size,), 255, dtype=torch.uint8, device=device) for size in sizes for _ in range(3)]
+    blocks.clear()

@@ -1,0 +1,141 @@
+"""``portmoe validate`` on backends made for the test: a right one, wrong ones, and one that is not there."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from portmoe.accelerator import get_accelerator
+from portmoe.validation.collectives import TRIALS, check_collectives
+from portmoe.validation.pool import check_memory
+from portmoe.validation.training_run import check_training, reference
+
+# A CPU backend under another name whose one part can be replaced.
+BACKEND = """
+import dataclasses, torch
+from portmoe.backends.cpu import accelerator as cpu
+from portmoe.accelerator import Operations
+from portmoe.ops import torch_native
+from portmoe.ops.operation import Implementation
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1.01
+
+class Planted(Operations):
+    def implementations(self):
+        mine = Implementation("expert_ffn", "wrong", wrong)
+        return [mine, *torch_native.ALL] if WRONG_GRADIENT else torch_native.ALL
+
+def wrong(x, w1, w3, w2):
+    from portmoe import ops
+    return ops.expert_ffn(x, w1, Scaled.apply(w3), w2)
+
+def accelerator():
+    if WRONG_AVERAGE:
+        from portmoe.training.optimizer import Optimizer, local
+        right = Optimizer.gradient_norms
+        def summed(self, scale):
+            for p in self.parameters.values():
+                local(p.grad).mul_(4)
+            return right(self, scale)
+        Optimizer.gradient_norms = summed
+    return dataclasses.replace(cpu(), name="planted", ops=Planted())
+"""
+
+
+@pytest.fixture
+def plant(install, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def place(**wrong):
+        flags = {"WRONG_GRADIENT": False, "WRONG_AVERAGE": False} | wrong
+        source = "".join(f"{name} = {value}\n" for name, value in flags.items()) + BACKEND
+        install("planted_backend", source, "portmoe.backends", "planted")
+
+    return place
+
+
+def failed(checks):
+    return {check.name for check in checks if check.status == "fail"}
+
+
+def test_the_cpu_trains_as_recorded(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    checks, curves = check_training("cpu", timeout=240)
+    assert not failed(checks), checks
+    assert len(checks) > 10
+    assert curves[0].label == "loss"
+    assert len(curves[0].measured) == len(reference()) == 20
+
+
+def test_a_gradient_that_is_1_percent_off_shows_in_the_norms_of_the_run(plant):
+    plant(WRONG_GRADIENT=True)
+    checks, _ = check_training("planted", timeout=240)
+    assert "gradient norm, 2_moe_ep_size_1" in failed(checks)
+
+
+def test_a_wrong_average_which_no_operation_shows_is_caught_by_the_run(plant):
+    plant(WRONG_AVERAGE=True)
+    checks, _ = check_training("planted", timeout=240)
+    assert {"gradient norm, 0_default", "gradient norm, 1_fp32, layer 0"} <= failed(checks)
+
+
+def test_a_run_that_ends_early_fails():
+    checks, curves = check_training("no-such-backend", timeout=120)
+    assert failed(checks) == {"completes"}
+    assert not curves
+
+
+def test_collectives_of_the_cpu():
+    checks = list(check_collectives("cpu", get_accelerator("cpu"), timeout=240))
+    assert {check.name for check in checks} == set(TRIALS)
+    assert not failed(checks), checks
+
+
+def test_collectives_that_never_start_fail_every_trial():
+    checks = list(check_collectives("no-such-backend", get_accelerator("cpu"), timeout=120))
+    assert failed(checks) == set(TRIALS)
+
+
+def test_a_pool_that_forgets_its_buffers_fails():
+    accelerator = get_accelerator("cpu")
+    device = accelerator.open(0)
+    assert not failed(check_memory(accelerator, device))
+    accelerator.memory.pool.give = lambda buffer: None
+    assert failed(check_memory(accelerator, device)) == {"reuse", "steady state"}
+
+
+def portmoe(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "portmoe", "validate", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.slow
+@pytest.mark.parametrize(("wrong", "code"), [(False, 0), (True, 4)])
+def test_the_whole_command(plant, tmp_path, wrong, code):
+    plant(WRONG_GRADIENT=wrong)
+    done = portmoe("--backend", "planted", "--out", str(tmp_path / "out"))
+    assert done.returncode == code, done.stdout + done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["passed"] is not wrong
+    subjects = {check["subject"] for check in report["checks"] if check["status"] == "fail"}
+    assert subjects == ({"expert_ffn.wrong", "reference run"} if wrong else set())
+
+
+@pytest.mark.parametrize(("name", "code"), [("npu", 3), ("no-such-backend", 2)])
+def test_a_backend_that_is_not_usable(name, code):
+    done = portmoe("--backend", name)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
