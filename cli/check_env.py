@@ -1,0 +1,42 @@
+"""``portmoe check-env``."""
+
+import json
+import sys
+
+import click
+
+from portmoe.accelerator.discovery import AUTO
+from portmoe.environment.survey import survey
+from portmoe.environment.text import render
+from portmoe.errors import BackendError
+
+COLOURS = {"OK": "green", "WARN": "yellow", "FAIL": "red"}
+
+
+@click.command("check-env")
+@click.option(
+    "--backend",
+    default=AUTO,
+    show_default=True,
+    help="The backend to check; auto checks all that are installed.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(1, 3600),
+    default=120,
+    show_default=True,
+    help="Seconds one check may take before it counts as failed.",
+)
+def check_env(backend: str, as_json: bool, timeout: float) -> None:
+    """Check what this machine can train on, and say how to repair what cannot.
+
+    Ends with exit code 3 if the backend asked for (for auto: every backend) cannot train.
+    """
+    report = survey(backend, timeout)
+    if as_json:
+        click.echo(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
+    else:
+        click.echo(render(report, lambda level, tag: click.style(tag, fg=COLOURS[level])))
+    if not report.can_train:
+        sys.exit(BackendError.exit_code)

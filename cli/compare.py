@@ -1,0 +1,36 @@
+"""``portmoe compare``."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from portmoe.errors import ConfigError, TrainingError
+
+RUN = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+@click.command()
+@click.argument("first", metavar="RUN_A", type=RUN)
+@click.argument("second", metavar="RUN_B", type=RUN)
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), default=None, help="An HTML page with plots."
+)
+def compare(first: Path, second: Path, out: Path | None) -> None:
+    """Compare two run directories of one config, trained on two backends or in two layouts.
+
+    Ends with exit code 4 if the runs are further apart than rounding explains.
+    """
+    from portmoe.validation import comparison_report
+    from portmoe.validation.comparison import compare as compare_runs
+    from portmoe.validation.comparison import read_run
+
+    found = compare_runs(read_run(first), read_run(second))
+    click.echo(comparison_report.text(found))
+    if out is not None:
+        try:
+            out.write_text(comparison_report.html(found), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--out {str(out)!r} cannot be written: {error.strerror}") from error
+    if not found.passed:
+        sys.exit(TrainingError.exit_code)

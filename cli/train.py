@@ -1,0 +1,79 @@
+"""``portmoe train``."""
+
+import sys
+
+import click
+
+from portmoe.accelerator.discovery import AUTO, find, prepare
+from portmoe.cli.options import config_options
+from portmoe.config_file import config_name, load_config
+from portmoe.parallel.layout import Layout
+from portmoe.training.ranks import LAUNCHERS, detect
+
+MOST_RANKS = 2**20
+
+
+@click.command()
+@config_options
+@click.option("--backend", default=AUTO, show_default=True, help="The accelerator to train on.")
+@click.option(
+    "--nproc",
+    type=click.IntRange(1, MOST_RANKS),
+    default=1,
+    show_default=True,
+    help="Processes on this machine.",
+)
+@click.option(
+    "--max-restarts",
+    type=click.IntRange(0, MOST_RANKS),
+    default=0,
+    show_default=True,
+    help="How often to start all processes again after a failure.",
+)
+@click.option(
+    "--launcher",
+    type=click.Choice(LAUNCHERS),
+    default="auto",
+    show_default=True,
+    help="Who starts the processes; auto looks at the environment.",
+)
+@click.option("--dry-run", is_flag=True, help="Print what training takes, without training.")
+@click.option(
+    "--world-size",
+    type=click.IntRange(1, MOST_RANKS),
+    default=None,
+    help="Number of ranks the dry run is for.  [default: --nproc]",
+)
+def train(
+    name: str,
+    overrides: tuple[str, ...],
+    backend: str,
+    nproc: int,
+    max_restarts: int,
+    launcher: str,
+    dry_run: bool,
+    world_size: int | None,
+) -> None:
+    """Train the model of a config; without options, the tiny one on the best backend found."""
+    if world_size is not None and not dry_run:
+        raise click.UsageError("--world-size is for --dry-run only; use --nproc to start processes")
+    config = load_config(name, overrides)
+    if backend != AUTO:
+        find(backend)
+    ranks = nproc if dry_run or nproc > 1 else detect(launcher).world_size
+    Layout.plan(config, world_size or ranks)
+    prepare(backend)
+    if dry_run:
+        from portmoe.training.dry_run import dry_run as describe
+
+        click.echo(describe(config, name, backend, world_size or nproc))
+        return
+    if nproc > 1:
+        from portmoe.training.spawn import spawn
+
+        settings = [part for override in overrides for part in ("--set", override)]
+        argv = ["train", "--config", name, *settings, "--backend", backend, "--launcher", "torchrun"]
+        sys.exit(spawn(nproc, argv, max_restarts))
+    from portmoe.training.run import train as start
+
+    start(config, config_name(name), backend, launcher)

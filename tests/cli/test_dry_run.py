@@ -1,0 +1,115 @@
+"""The dry run: the benchmark's figures, and no allocation of the model."""
+
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from portmoe.cli import main as command
+
+MEASURED = """
+import resource, sys
+from portmoe.cli.main import run
+code = run(sys.argv[1:])
+print("PEAK_KIB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+sys.exit(code)
+"""
+
+
+def shown(capsys, *arguments):
+    assert command.run(["train", "--dry-run", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_7b_within_its_time_and_memory():
+    arguments = ["train", "--dry-run", "--config", "7b_moe4", "--world-size", "32"]
+    began = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert time.perf_counter() - began < 30
+    assert int(result.stdout.rpartition("PEAK_KIB")[2]) < 2 * 1024 * 1024
+
+
+def test_the_figures_of_7b(capsys):
+    text = shown(capsys, "--config", "7b_moe4", "--world-size", "32")
+    for figure in (
+        "11,852,320,768 in all, 7,423,135,744 active",
+        "512 sequences = 2 data.micro_bsz · 8 micro_num · 32 data-parallel ranks; 1,048,576 tokens",
+        "data.max_global_batch_size 512 allows at most 32 ranks",
+        "benchmark: 31.53 GFLOP",
+        "model: 45.2",
+        "model, causal: 43.6",
+        # by hand: of 11,852,320,768 parameters 8,858,370,048 are the experts', a quarter of them here:
+        # 2 bytes · (5,208,543,232 − 32·4·4096 router weights) + 4 bytes · those = 9.70 GiB
+        "weights 9.70 GiB (bfloat16) + 1.38 GiB (1/32 of the float32 masters)",
+        "gradients 19.40 GiB",  # 4 bytes · 5,208,543,232
+        "optimizer 2.76 GiB",  # 8 bytes · 11,852,320,768 / 32
+    ):
+        assert figure in text
+
+
+def test_the_optimizer_state_follows_zero1(capsys):
+    eight = ("--world-size", "8", "--set", "parallel.expert.size=1")
+    whole = shown(capsys, "--config", "7b_moe4", *eight, "--set", "parallel.zero1.size=1")
+    subsets = shown(capsys, "--config", "7b_moe4", *eight, "--set", "parallel.zero1.size=4")
+    assert "optimizer 88.31 GiB (all Adam moments" in whole  # 8 bytes · 11,852,320,768
+    assert "optimizer 22.08 GiB (1/4 of the Adam moments" in subsets
+
+
+def test_the_parts_of_the_memory_add_up(capsys):
+    text = shown(capsys, "--config", "7b_moe4", "--world-size", "32")
+    sizes = [float(size) for size in re.findall(r"([\d.]+) GiB", text.partition("communication")[0])]
+    assert len(sizes) == 6
+    assert sum(sizes[:5]) == pytest.approx(sizes[5], abs=0.03)
+
+
+def test_a_world_of_1024_ranks_with_a_pipeline(capsys):
+    began = time.perf_counter()
+    keys = ("data.max_global_batch_size=4096", "parallel.pipeline.size=4", "parallel.zero1.size=32")
+    settings = [part for key in keys for part in ("--set", key)]
+    text = shown(capsys, "--config", "7b_moe4", "--world-size", "1024", *settings)
+    assert time.perf_counter() - began < 120
+    # by hand: the first of 4 stages has 8 layers and the embedding: 959,774,720 parameters, and 2,214,592,512
+    # of experts, spread over 4 of the 256 data-parallel ranks, and each over 32 of 64 again
+    for figure in (
+        "1F1B; bubble 27.3% of a step; layers 0–7 | 8–15 | 16–24 | 25–31",  # 3 / (8 + 3)
+        "weights 2.82 GiB (bfloat16) + 180.41 MiB (1/32 of the dense and 1/128 of the experts' float32",
+        "of rank 0 in a training step",
+        "all-gather over shard, 32 ranks: 17 calls, 1.79 GiB",  # 8 blocks, 8 routers, the embedding
+        "reduce-scatter over shard, 32 ranks: 17 calls, 3.58 GiB",
+        "all-reduce over replicate, 8 ranks: 17 calls, 114.41 MiB",
+        "all-gather over expert_shard, 32 ranks: 8 calls, 1.03 GiB",
+        "reduce-scatter over expert_shard, 32 ranks: 8 calls, 2.06 GiB",
+        "all-reduce over expert_replicate, 2 ranks: 8 calls, 66.00 MiB",
+        "all-to-all over expert, 4 ranks: 256 calls, 16.00 GiB",  # 4 · 8 · 8 · (4 · 2048 · 4096 · 2 bytes)
+        "send over pipeline, 4 ranks: 16 calls, 256.00 MiB",  # 8 · (4096 · 4096 · 2 bytes and one float)
+    ):
+        assert figure in text
+
+
+def test_recomputing_saves_activations(capsys):
+    def activations(*overrides):
+        text = shown(capsys, "--config", "7b_moe4", *overrides)
+        return float(re.search(r"activations ([\d.]+) GiB", text)[1])
+
+    assert activations("--set", "model.checkpoint=true") < activations("--set", "model.checkpoint=0.5")
+    assert activations("--set", "model.checkpoint=0.5") < activations()
+
+
+def test_the_chosen_operations_and_why_not_the_preferred_one(capsys):
+    assert "attention.sdpa" in shown(capsys)
+    text = shown(capsys, "--set", "ops.disable=[attention.sdpa]")
+    assert re.search(r"attention\.\w+; not sdpa: switched off by ops.disable", text)
+
+
+def test_measuring_is_left_to_training(capsys):
+    assert "training may choose others" in shown(capsys, "--set", "ops.select=measure")
+
+
+def test_a_missing_kind_of_operation_can_be_an_error(capsys):
+    refused = ["train", "--dry-run", "--set", "ops.fallback=error", "--set", "moe.use_tutel=true"]
+    assert command.run(refused) == 3
+    assert "moe.use_" in capsys.readouterr().err
