@@ -1,19 +1,79 @@
-"""``portmoe config``: the resolved config."""
+"""``portmoe config``: the resolved config, and configs of other programs."""
+
+from pathlib import Path
 
 import click
 
 from portmoe.cli.options import config_options
+from portmoe.config import Config
 from portmoe.config_file import dump_config, load_config, no_effect_notes
+from portmoe.config_messages import shorten
+from portmoe.errors import ConfigError
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @config_options
-def config(name: str, overrides: tuple[str, ...]) -> None:
+@click.pass_context
+def config(context: click.Context, name: str, overrides: tuple[str, ...]) -> None:
     """Print a config with every key resolved; the output is a config file again.
 
     Keys that are set but change nothing are reported on standard error.
     """
+    if context.invoked_subcommand is not None:
+        _refuse_options(context)
+        return
     resolved = load_config(name, overrides)
     click.echo(dump_config(resolved), nl=False)
-    for note in no_effect_notes(resolved):
+    _show_notes(resolved)
+
+
+@config.command("import")
+@click.argument("source", metavar="FILE.py")
+@click.option("-o", "--output", default=None, metavar="FILE.yaml", help="Write here instead of printing.")
+@click.option("--force", is_flag=True, help="Overwrite the output file.")
+def import_(source: str, output: str | None, force: bool) -> None:
+    """Turn an InternEvo config into a YAML config, without executing it.
+
+    Literals, arithmetic and names assigned before are read; anything else is named with its line. What
+    could not be carried over is listed on standard error and on top of the result.
+    """
+    from portmoe.config_import import import_config
+
+    imported = import_config(source)
+    resolved = imported.config
+    if output is None:
+        click.echo(imported.yaml(), nl=False)
+    else:
+        _write(output, imported.yaml(), force)
+        click.echo(f"written: {output}", err=True)
+    for item in imported.left_out:
+        click.echo(f"not carried over: {item}", err=True)
+    if imported.defaults:
+        click.echo(
+            f"note: not in the file, so portmoe's defaults hold: {', '.join(imported.defaults)}", err=True
+        )
+    _show_notes(resolved)
+
+
+def _refuse_options(context: click.Context) -> None:
+    given = click.core.ParameterSource.COMMANDLINE
+    if given in (context.get_parameter_source(name) for name in ("name", "overrides")):
+        raise click.UsageError(f"--config and --set do not go with {context.invoked_subcommand!r}")
+
+
+def _show_notes(config: Config) -> None:
+    for note in no_effect_notes(config):
         click.echo(f"note: {note}", err=True)
+
+
+def _write(output: str, text: str, force: bool) -> None:
+    try:
+        with Path(output).open("w" if force else "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ConfigError(
+            f"--output {shorten(output)} exists; add --force to overwrite it, or give another name"
+        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--output {shorten(output)} cannot be written: {reason}") from None

@@ -42,7 +42,7 @@ class LazyGroup(click.Group):
     cls=LazyGroup,
     subcommands={
         "train": ("portmoe.cli.train:train", "Train a model, or show with --dry-run what training it takes."),
-        "config": ("portmoe.cli.config:config", "Print a config with every key resolved."),
+        "config": ("portmoe.cli.config:config", "Print a config with every key resolved, or import one."),
         "validate": ("portmoe.cli.validate:validate", "Show that a backend computes what it must."),
         "compare": ("portmoe.cli.compare:compare", "Compare two runs of one config."),
         "check-env": ("portmoe.cli.check_env:check_env", "Check what this machine can train on."),

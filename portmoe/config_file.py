@@ -25,7 +25,12 @@ def load_config(path_or_packaged_name: str | Path, overrides: Sequence[str] = ()
             not a valid config; the message lists every problem found.
     """
     source = str(path_or_packaged_name)
-    tree = _parse(_read(source), source)
+    return parse_config(read_text(source), source, overrides)
+
+
+def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
+    """As ``load_config``, from the file's content; ``source`` is its name in messages."""
+    tree = _parse(text, source)
     if tree is None:
         raise ConfigError(f"{source}: the file is empty; the smallest valid config is {{}}")
     if not isinstance(tree, dict):
@@ -68,44 +73,42 @@ def no_effect_notes(config: Config) -> list[str]:
     ]
 
 
+def is_ineffective(section: type[BaseModel], name: str) -> bool:
+    """Whether this key of a section is accepted and changes nothing."""
+    return _no_effect(section, name) is not None
+
+
 def _ineffective(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, BaseModel):
             yield from _ineffective(value, f"{prefix}{name}.")
-        elif isinstance(field.json_schema_extra, dict) and "no_effect" in field.json_schema_extra:
-            yield f"{prefix}{name}", value, field.default, str(field.json_schema_extra["no_effect"])
+        elif why := _no_effect(type(section), name):
+            yield f"{prefix}{name}", value, field.default, why
 
 
-def _open(source: str) -> BinaryIO:
-    """The file at ``source``, else the packaged config of that name."""
-    if "\0" in source:
-        raise ConfigError(f"config {shorten(source)}: a file name cannot contain a NUL character")
-    path = Path(source)
-    if path.is_file():
-        return path.open("rb")
-    for name in (source, f"{source}.yaml"):
-        if name in packaged_names():
-            return (resources.files(PACKAGE) / name).open("rb")
-    kind = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "not found"
-    raise ConfigError(
-        f"config {shorten(source)}: {kind}; give the path of a YAML file or a packaged name: "
-        f"{', '.join(packaged_names())}"
-    )
+def _no_effect(section: type[BaseModel], name: str) -> str | None:
+    extra = section.model_fields[name].json_schema_extra
+    return str(extra["no_effect"]) if isinstance(extra, dict) and "no_effect" in extra else None
 
 
-def _read(source: str) -> str:
+def read_text(source: str, packaged: bool = True) -> str:
+    """The text of the file at ``source``, else, where ``packaged``, of the packaged config of that name.
+
+    Raises:
+        ConfigError: there is none, or it is no text of a config's size.
+    """
     try:
-        with _open(source) as stream:
+        with _open(source, packaged_names() if packaged else []) as stream:
             data = stream.read(config_yaml.MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(
-            f"config {shorten(source)}: cannot be read: {error.strerror}; give a readable YAML file"
+            f"config {shorten(source)}: cannot be read: {error.strerror}; give a readable file"
         ) from None
     if len(data) > config_yaml.MAX_BYTES:
         raise ConfigError(
             f"{source}: larger than {config_yaml.MAX_BYTES // 1024} KiB, so it is hardly a config; "
-            "give a YAML config"
+            "give a config"
         )
     try:
         return data.decode("utf-8")
@@ -114,6 +117,21 @@ def _read(source: str) -> str:
             f"{source}: byte 0x{data[error.start]:02x} at position {error.start} "
             "is not UTF-8; save the file as UTF-8"
         ) from None
+
+
+def _open(source: str, packaged: Sequence[str]) -> BinaryIO:
+    """The file at ``source``, else the packaged config of that name."""
+    if "\0" in source:
+        raise ConfigError(f"config {shorten(source)}: a file name cannot contain a NUL character")
+    path = Path(source)
+    if path.is_file():
+        return path.open("rb")
+    for name in (source, f"{source}.yaml"):
+        if name in packaged:
+            return (resources.files(PACKAGE) / name).open("rb")
+    kind = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "not found"
+    allowed = f"a YAML file or a packaged name: {', '.join(packaged)}" if packaged else "a file"
+    raise ConfigError(f"config {shorten(source)}: {kind}; give the path of {allowed}")
 
 
 def _parse(text: str, source: str) -> Any:

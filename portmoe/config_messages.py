@@ -4,6 +4,7 @@ import difflib
 import math
 import reprlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -36,26 +37,43 @@ def sections(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tupl
             yield from sections(inner, f"{prefix}.{name}".lstrip("."))
 
 
+@dataclass(frozen=True)
+class Violation:
+    """One thing wrong: the key or section, the whole message, and the message without key and value."""
+
+    path: str
+    message: str
+    reason: str
+
+
 def describe(error: ValidationError, tree: Mapping[str, Any]) -> list[str]:
     """One line per offending key of ``tree``, in the order found."""
-    lines: dict[str, str] = {}
+    return [violation.message for violation in violations(error, tree)]
+
+
+def violations(error: ValidationError, tree: Mapping[str, Any]) -> list[Violation]:
+    """Every offending key of ``tree`` once, in the order found."""
+    found: dict[str, Violation] = {}
     for item in error.errors(include_url=False):
         path, section, key = _resolve(item["loc"])
         if item["type"] == "extra_forbidden":
             where = ".".join(map(str, item["loc"][:-1]))
-            lines.setdefault(path, f"{path:.120}: unknown key; {_nearest(where, str(key))}")
+            reason = f"unknown key; {_nearest(where, str(key))}"
+            found.setdefault(path, Violation(path, f"{path:.120}: {reason}", reason))
         elif item["type"] == "value_error":
-            for message in str(item["ctx"]["error"]).splitlines():
-                lines.setdefault(message, f"{path}: {message}" if key else message)
-        elif key is None:
-            allowed = ", ".join(section.model_fields)
-            lines.setdefault(
-                path, f"{path} = {shorten(item['input'])}: must be a section with keys {allowed}"
-            )
+            for reason in str(item["ctx"]["error"]).splitlines():
+                found.setdefault(reason, Violation(path, f"{path}: {reason}" if key else reason, reason))
         else:
-            value = _value_at(tree, item["loc"][: path.count(".") + 1])
-            lines.setdefault(path, f"{path} = {shorten(value)}: {_must(section, key, value)}")
-    return list(lines.values())
+            if key is None:
+                value, reason = (
+                    item["input"],
+                    f"must be a section with keys {', '.join(section.model_fields)}",
+                )
+            else:
+                value = _value_at(tree, item["loc"][: path.count(".") + 1])
+                reason = _must(section, key, value)
+            found.setdefault(path, Violation(path, f"{path} = {shorten(value)}: {reason}", reason))
+    return list(found.values())
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
