@@ -20,6 +20,7 @@ class RunFacts:
     backend: str
     device: str
     layout: str
+    ranks: str  # host and device of each; a line for each host
     parameters: int
     active_parameters: int  # per token
     dtype: str
@@ -42,6 +43,7 @@ def start_block(facts: RunFacts) -> str:
         "config": facts.config,
         "backend": f"{facts.backend} ({facts.device})",
         "layout": facts.layout,
+        "ranks": facts.ranks.replace("\n", "\n" + 12 * " "),
         "parameters": f"{facts.parameters:,} ({active}), {facts.dtype}",
         "batch": f"{facts.global_batch} sequences of {facts.seq_len} = {tokens:,} tokens",
         "steps": f"{facts.total_steps}{resumed}",

@@ -29,6 +29,7 @@ from portmoe.training.engine import NativeEngine
 from portmoe.training.interrupt import Interrupt
 from portmoe.training.memory_check import require_memory
 from portmoe.training.operations import choose_operations
+from portmoe.training.placement import gather_places, placement
 from portmoe.training.ranks import Ranks, detect
 from portmoe.training.report import RunFacts, end_summary, start_block
 from portmoe.training.roll_call import RollCall
@@ -113,7 +114,8 @@ def _train_in(session: Session, interrupt: Interrupt, stack: ExitStack) -> None:
         enabled=session.ranks.rank == 0,
     )
     stack.callback(writers.close)
-    writers.note(start_block(_facts(session, ops, progress, notes)))
+    places = gather_places(session.ranks, device, world)
+    writers.note(start_block(_facts(session, ops, placement(places), progress, notes)))
 
     splits = ("train", "valid") if config.data.valid_every else ("train",)
     streams = {
@@ -156,13 +158,14 @@ def _train_in(session: Session, interrupt: Interrupt, stack: ExitStack) -> None:
         )
 
 
-def _facts(session: Session, ops: OpTable, progress: Progress, notes: list[str]) -> RunFacts:
+def _facts(session: Session, ops: OpTable, ranks: str, progress: Progress, notes: list[str]) -> RunFacts:
     config, parameters = session.config, count_parameters(session.config)
     return RunFacts(
         config=session.config_name,
         backend=session.accelerator.name,
         device=session.accelerator.device.name(),
         layout=str(session.layout),
+        ranks=ranks,
         parameters=parameters.total,
         active_parameters=parameters.active,
         dtype=config.model.dtype,

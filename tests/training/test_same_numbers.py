@@ -1,5 +1,7 @@
 """The same global batch gives the same losses on 1, 2 and 4 ranks, in every case of ZeRO-1."""
 
+import socket
+
 import pytest
 from run_portmoe import losses, run
 
@@ -14,6 +16,9 @@ def single(tmp_path_factory):
 @pytest.mark.parametrize(("ranks", "zero1"), LAYOUTS)
 def test_losses_and_norms_are_those_of_one_rank(tmp_path, single, ranks, zero1):
     metrics = run(tmp_path / "run", ranks, parallel__zero1__size=zero1)
+    assert (
+        f"0-{ranks - 1} on {socket.gethostname()}: cpu each" in (tmp_path / "run" / "train.log").read_text()
+    )
     assert losses(metrics) == pytest.approx(losses(single), rel=1e-6)
     for one, many in zip(single, metrics, strict=True):
         for key in ("grad_norm", "grad_norm_layers"):  # the experts' name there tells over how many ranks

@@ -306,6 +306,7 @@ def test_the_start_block_names_everything_and_ends_with_the_notes(tmp_path):
         backend="cpu",
         device="some processor",
         layout="2 data-parallel ranks",
+        ranks="0-7 on node1: npu:0-7\n8 on node2: npu:0",
         parameters=11_852_320_768,
         active_parameters=7_423_135_744,
         dtype="bfloat16",
@@ -321,6 +322,7 @@ def test_the_start_block_names_everything_and_ends_with_the_notes(tmp_path):
     block = start_block(facts)
     for part in (
         "cpu (some processor)",
+        "ranks       0-7 on node1: npu:0-7\n            8 on node2: npu:0\n",
         "11,852,320,768 (7,423,135,744 active per token), bfloat16",
         "512 sequences of 2048 = 1,048,576 tokens",
         "50, resumed at step 7",
