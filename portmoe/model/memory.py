@@ -90,7 +90,12 @@ def _part_bytes(config: Config, parameters: int, exact: int, shards: int, gather
 
 
 def activation_bytes(
-    config: Config, tokens: int, head: bool = True, tensor_ranks: int = 1, sequence_ranks: int = 1
+    config: Config,
+    tokens: int,
+    head: bool = True,
+    tensor_ranks: int = 1,
+    sequence_ranks: int = 1,
+    input_ranks: int = 1,
 ) -> int:
     """Bytes kept for the backward pass of one micro-batch, by formula, all layers on this rank.
 
@@ -104,7 +109,8 @@ def activation_bytes(
       residual MoE: the dense network, both outputs and their product with the coefficients (3·F + 2·H)·a;
     * a recomputed layer: its input H·a; the largest layer once more while it is recomputed;
     * cut over tensor ranks: q, k, v, attention output, log-sum-exp, and all of width F; where the sequence is
-      split between the regions: the inputs of block, feed-forward half, and final norm;
+      split between the regions: the inputs of block, feed-forward half, and final norm; where what enters a
+      region is gathered again for the backward pass: the norm outputs;
     * head: norm input and output 2·H·a, log-sum-exp 4; the logits are not kept whole. (The reference
       cross entropy keeps them: V·(4 + a) more.)
 
@@ -115,13 +121,14 @@ def activation_bytes(
         head: whether the final norm, the head and the loss are on this rank.
         tensor_ranks: ranks that share each layer.
         sequence_ranks: ranks the tokens are split over between the regions they share.
+        input_ranks: ranks the inputs of these regions are kept by, a part each.
     """
     model = config.model
     hidden, element = model.hidden_size, compute_dtype(model).itemsize
     with_experts = moe_layers(config)
     dense_layers = model.num_layers - with_experts
     cut = (tensor_ranks, sequence_ranks)
-    moe, dense = (_block_bytes(config, tokens, kind, *cut) for kind in (True, False))
+    moe, dense = (_block_bytes(config, tokens, kind, *cut, input_ranks) for kind in (True, False))
     recomputed = model.checkpointed_layers
     recomputed_dense = min(
         recomputed, dense_layers
@@ -129,16 +136,19 @@ def activation_bytes(
     kept = (dense_layers - recomputed_dense) * dense + (with_experts - recomputed + recomputed_dense) * moe
     kept += recomputed * tokens * hidden * element // sequence_ranks
     if recomputed:
-        kept += moe if recomputed > recomputed_dense else dense
+        kept += _block_bytes(config, tokens, recomputed > recomputed_dense, *cut, input_ranks=1)
     if head:
-        kept += tokens * (hidden * element + hidden * element // sequence_ranks + FP32_BYTES)
+        norm = hidden * element // input_ranks + hidden * element // sequence_ranks
+        kept += tokens * (norm + FP32_BYTES)
     return kept
 
 
-def _block_bytes(config: Config, tokens: int, moe: bool, tensor_ranks: int, sequence_ranks: int) -> int:
+def _block_bytes(
+    config: Config, tokens: int, moe: bool, tensor_ranks: int, sequence_ranks: int, input_ranks: int
+) -> int:
     model = config.model
     hidden, width, element = model.hidden_size, model.ffn_width, compute_dtype(model).itemsize
-    inside = 2 * hidden * element + 4 * hidden * element // tensor_ranks
+    inside = 2 * hidden * element // input_ranks + 4 * hidden * element // tensor_ranks
     per_token = inside + 2 * hidden * element // sequence_ranks
     per_token += FP32_BYTES * model.num_attention_heads // tensor_ranks
     network = 3 * width * element // tensor_ranks

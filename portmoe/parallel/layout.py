@@ -20,7 +20,7 @@ ALLOWED_TODAY = {
     "trainer.engine": ("native",),
 }
 
-BUILT_MODES = ("mtp", "msp")
+BUILT_MODES = ("mtp", "msp", "fsp")
 
 
 @dataclass(frozen=True)

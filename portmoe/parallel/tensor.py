@@ -6,7 +6,8 @@ part of a sum, and leaving adds the parts up (Shoeybi et al. 2019, arXiv:1909.08
 
 * ``mtp``: every rank has all tokens: entering is free and leaving is an all-reduce, and backward the reverse;
 * ``msp``: every rank has its share of the tokens, also in norms and residuals: entering gathers them, leaving
-  reduces and scatters, and backward the reverse (Korthikanti et al. 2022, arXiv:2205.05198).
+  reduces and scatters, and backward the reverse (Korthikanti et al. 2022, arXiv:2205.05198);
+* ``fsp``: as ``msp``, but what was gathered is gathered again in the backward pass instead of kept.
 
 Inside a region every rank sees the whole micro-batch, so capacity, slots and drops are those of one process.
 Gradients there are parts of a sum too: of the parameters that are not cut, ``sum_gradients`` adds them up,
@@ -14,7 +15,8 @@ once a step. ``vocabulary`` has the embedding, the head and the loss.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from portmoe.model.attention import Attention
-from portmoe.model.decoder import Decoder
+from portmoe.model.decoder import Block, Decoder
 from portmoe.model.feed_forward import FeedForward
 from portmoe.model.linear import Linear
 from portmoe.model.moe import MoELayer
@@ -34,6 +36,7 @@ from portmoe.model.norm import RMSNorm
 from portmoe.model.precision import computed
 from portmoe.model.router import Router
 from portmoe.ops import Routing
+from portmoe.parallel.regather import regathered
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,21 @@ class Region:
 
     mesh: DeviceMesh
     outside: Placement  # of the tokens between the regions
+    regather: bool = False  # what was gathered to enter is gathered again for the backward pass, not kept
 
     @classmethod
     def of_mode(cls, mesh: DeviceMesh, mode: str) -> "Region":
-        return cls(mesh, Replicate() if mode == "mtp" else Shard(0))
+        return cls(mesh, Replicate() if mode == "mtp" else Shard(0), regather=mode == "fsp")
+
+    @contextmanager
+    def entered(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """All tokens, for what is computed in the ``with`` block."""
+        whole = self.enter(x)
+        if not (self.regather and whole.requires_grad):
+            yield whole
+            return
+        with regathered(whole, x, self.enter):
+            yield whole
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         """All tokens; the gradients of all ranks are summed on the way back."""
@@ -67,9 +81,15 @@ def cut(module: nn.Module, name: str, mesh: DeviceMesh, placements: list[Placeme
 def share(model: Decoder, region: Region) -> None:
     """Cut attentions and dense networks of ``model``, and make them and the MoE layers regions.
 
-    ``expert.spread`` cuts the experts.
+    ``expert.spread`` cuts the experts. A layer that recomputes itself gathers anew in doing so, and what
+    it then keeps lives for one backward pass: there ``fsp`` has nothing to save.
     """
-    for module in list(model.modules()):
+    for block in model.layers.values():
+        _share_block(block, replace(region, regather=region.regather and not block.recompute))
+
+
+def _share_block(block: Block, region: Region) -> None:
+    for module in list(block.modules()):
         if isinstance(module, Attention):
             for name in ("weight", "bias"):
                 cut(module.qkv, name, region.mesh, [Shard(0)])  # rows are head-major: whole heads
@@ -81,15 +101,15 @@ def share(model: Decoder, region: Region) -> None:
                 cut(linear, "weight", region.mesh, [Shard(dim)])
         elif isinstance(module, MoELayer):
             module.compute = partial(_moe_in_region, region, module.compute)
-    for block in model.layers.values():
-        if not block.is_moe:
-            block.feed_forward.forward = partial(_in_region, region, block.feed_forward.forward)
+    if not block.is_moe:
+        block.feed_forward.forward = partial(_in_region, region, block.feed_forward.forward)
 
 
 def _in_region(
     region: Region, compute: Callable[..., torch.Tensor], x: torch.Tensor, *rest: Any
 ) -> torch.Tensor:
-    return region.leave(compute(region.enter(x), *rest))
+    with region.entered(x) as whole:
+        return region.leave(compute(whole, *rest))
 
 
 def _moe_in_region(
@@ -98,7 +118,8 @@ def _moe_in_region(
     x: torch.Tensor,
     noise_seed: int,
 ) -> tuple[torch.Tensor, Routing]:
-    y, routing = compute(region.enter(x), noise_seed)
+    with region.entered(x) as whole:
+        y, routing = compute(whole, noise_seed)
     if routing.aux_loss.requires_grad:
         # Every rank has the whole auxiliary loss, and in here gradients are summed over the ranks.
         routing.aux_loss.register_hook(lambda gradient: gradient / region.mesh.size())

@@ -55,10 +55,11 @@ class Traffic:
     def rows(self, meshes: Meshes) -> Iterator[tuple[str, str, int, int]]:
         """(kind, group, calls, bytes) for every kind and group of the meshes, named by its dimension."""
         names = _names_and_sizes(meshes)
-        for (kind, group), calls in sorted(self.calls.items()):
-            name, size = names.get(group, ("", 0))
+        named = {(kind, *names.get(group, ("", 0))): (kind, group) for kind, group in self.calls}
+        for kind, name, size in sorted(named):
             if size > 1:  # nothing leaves the rank otherwise
-                yield kind, f"{name}, {size} ranks", calls, self.bytes[kind, group]
+                key = named[kind, name, size]
+                yield kind, f"{name}, {size} ranks", self.calls[key], self.bytes[key]
 
 
 class Counted(TorchDispatchMode):

@@ -48,7 +48,8 @@ def _cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``ops.cross_entropy`` of this rank's rows of the head's weight; loss_T is the same on all ranks."""
     group, first = region.mesh.get_group(), region.mesh.get_local_rank() * weight_VH.shape[0]
-    return _CutCrossEntropy.apply(region.enter(x_TH), weight_VH, labels_T, label_smoothing, group, first)
+    with region.entered(x_TH) as whole_TH:
+        return _CutCrossEntropy.apply(whole_TH, weight_VH, labels_T, label_smoothing, group, first)
 
 
 class _CutCrossEntropy(torch.autograd.Function):

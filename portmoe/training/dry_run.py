@@ -80,6 +80,8 @@ def _activations(config: Config, layout: Layout) -> int:
     """Of the rank that holds most: its layers' share for every micro-batch under way, the head's for one."""
     chunks, tokens = config.model.num_chunks, layout.tokens_per_micro_batch
     cut = {"tensor_ranks": layout.tensor, "sequence_ranks": layout.sequence}
+    if config.parallel.tensor.mode == "fsp":
+        cut["input_ranks"] = layout.tensor
     layers = activation_bytes(config, tokens, head=False, **cut)
     head = activation_bytes(config, tokens, **cut) - layers
     held = []

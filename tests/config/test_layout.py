@@ -79,8 +79,8 @@ def test_what_tensor_ranks_share_must_divide(keys, part):
     assert part in refusal(4, "parallel.tensor.size=4", *keys)
 
 
-@pytest.mark.parametrize(("mode", "sequence"), [("mtp", 1), ("msp", 4)])
-def test_the_sequence_is_split_between_the_regions_of_msp(mode, sequence):
+@pytest.mark.parametrize(("mode", "sequence"), [("mtp", 1), ("msp", 4), ("fsp", 4)])
+def test_the_sequence_is_split_between_the_regions_but_in_mtp(mode, sequence):
     assert plan(4, "parallel.tensor.size=4", f"parallel.tensor.mode={mode}").sequence == sequence
 
 

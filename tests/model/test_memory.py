@@ -147,3 +147,7 @@ def test_activations_of_a_cut_dense_layer():
     # between them a quarter of the tokens of 2 inputs
     expected = tokens * (4 * (2 * hidden + hidden + 3 * width // 4 + hidden // 2) + 4)
     assert activation_bytes(config, tokens, head=False, tensor_ranks=4, sequence_ranks=4) == expected
+    # and a quarter of those in the regions too, where they are gathered again
+    expected -= tokens * 4 * (2 * hidden - hidden // 2)
+    cut = {"tensor_ranks": 4, "sequence_ranks": 4, "input_ranks": 4}
+    assert activation_bytes(config, tokens, head=False, **cut) == expected

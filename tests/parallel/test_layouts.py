@@ -14,6 +14,7 @@ FSDP, SUBSETS, REPLICAS = "parallel.zero1.fsdp=true", "parallel.zero1.size=2", "
 RAGGED = "model.moe_type=MegaBlock-D"
 MANY = "model.num_experts=16"  # most are without a token in a micro-batch of 32
 TP2, TP4, MSP = "parallel.tensor.size=2", "parallel.tensor.size=4", "parallel.tensor.mode=msp"
+FSP = "parallel.tensor.mode=fsp"
 DENSE_TOO = ["model.first_k_dense_replace=1", "model.moe_use_residual=true", "loss.label_smoothing=0.1"]
 LAYOUTS = {
     "mtp2": (2, [TP2], []),
@@ -29,6 +30,13 @@ LAYOUTS = {
     "msp2 ep2": (4, [TP2, MSP], DENSE_TOO),
     "msp2 pp2 interleaved": (4, [TP2, MSP, PP2, CHUNKS2], LAYERS4),
     "msp2 recomputed": (2, [TP2, MSP, "model.checkpoint=true"], ["moe.noisy_gate_policy=Jitter"]),
+    "fsp2": (2, [TP2, FSP], DENSE_TOO),
+    "fsp4": (4, [TP4, FSP], ["moe.noisy_gate_policy=Jitter"]),
+    "fsp2 dp2 zero1 off": (4, [TP2, FSP, NO_EP, REPLICAS], []),
+    "fsp2 ep2 fsdp": (4, [TP2, FSP, FSDP], DENSE_TOO),
+    "fsp2 ep2 ragged": (4, [TP2, FSP], [RAGGED]),
+    "fsp2 pp2 interleaved": (4, [TP2, FSP, PP2, CHUNKS2], LAYERS4),
+    "fsp2 recomputed": (2, [TP2, FSP, "model.checkpoint=0.5"], []),
     "dp2": (2, [NO_EP], []),
     "dp4": (4, [NO_EP], []),
     "dp4 zero1 off": (4, [NO_EP, REPLICAS], []),
@@ -64,7 +72,7 @@ LAYOUTS = {
 
 # The rest of the matrix is behind -m slow.
 FAST = {
-    *("mtp2", "mtp2 ep2 fsdp", "msp2", "msp2 pp2 interleaved"),
+    *("mtp2", "mtp2 ep2 fsdp", "msp2", "msp2 pp2 interleaved", "fsp2"),
     *("dp2", "dp4 zero1 off", "dp4 subsets of 2", "dp2 fsdp"),
     *("ep2", "ep4", "ep2 of dp4 fsdp", "ep4 ragged", "ep4 capacity as needed"),
     *("pp2", "pp2 interleaved", "pp2 dense and noisy layers", "pp4", "pp2 dp2", "pp2 ep2"),

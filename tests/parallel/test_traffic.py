@@ -1,7 +1,7 @@
 """What the dry run says a layout communicates, against what real ranks communicate."""
 
 import pytest
-from test_layouts import CHUNKS2, LAYERS4, MIXED, OVERLAP, PP2, PP4
+from test_layouts import CHUNKS2, DENSE_TOO, FSP, LAYERS4, MIXED, OVERLAP, PP2, PP4, TP2
 from worlds import MODEL, train
 
 import portmoe
@@ -29,6 +29,7 @@ LAYOUTS = {
     ),
     "ep2 of dp4 fsdp": (4, ["parallel.expert.size=2", FSDP]),
     "dp2 pp2, experts not spread": (4, [PP2, "parallel.expert.size=1", *MIXED]),
+    "fsp2 ep2": (4, [TP2, FSP, *DENSE_TOO]),
     "pp2 dp2, 3 micro-batches": (4, [PP2, "data.global_batch_size=6"]),
 }
 
