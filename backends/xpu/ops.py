@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from portmoe.accelerator import Operations
+from portmoe.backends.kernels.ops import TRITON
 from portmoe.ops import torch_native
 from portmoe.ops.operation import Implementation
 
@@ -11,7 +12,7 @@ LACKING = (torch_native.EXPERT_FFN_GROUPED_MM,)
 
 
 class XpuOperations(Operations):
-    """torch's own fast paths; Triton kernels go in front of them."""
+    """Triton kernels where the installed triton has the compiler, then torch's own fast paths."""
 
     def implementations(self) -> Sequence[Implementation]:
-        return [i for i in torch_native.ALL if i not in LACKING]
+        return [*TRITON, *(i for i in torch_native.ALL if i not in LACKING)]

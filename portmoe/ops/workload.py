@@ -23,3 +23,4 @@ class Workload:
     capacity: int  # C; 0 where the layer is dropless
     equal_segments: bool  # every segment of a pack has seq_len tokens
     qk_interleaved: bool = False
+    random_drops: bool = False  # the gating draws which tokens an expert keeps

@@ -11,7 +11,7 @@ from portmoe.parallel.layout import Layout
 
 def workload_of(config: Config, layout: Layout, device: torch.device) -> Workload:
     """One rank's work per micro-batch."""
-    model = config.model
+    model, moe = config.model, config.moe
     return Workload(
         device=device,
         dtype=compute_dtype(model),
@@ -23,10 +23,11 @@ def workload_of(config: Config, layout: Layout, device: torch.device) -> Workloa
         ffn_width=model.ffn_width // layout.tensor,
         vocab=model.vocab_size // layout.tensor,
         experts=model.num_experts // layout.expert,
-        top_k=config.moe.top_k,
+        top_k=moe.top_k,
         # an expert sees the rows of all ranks that spread the experts among them
         capacity=expert_capacity(config, layout.tokens_per_micro_batch) * layout.expert,
         # dummy samples of fixed length fill seq_len exactly; those of a data set do not
         equal_segments=config.data.train_folder is None and config.data.fixed_random_dataset_seqlen,
         qk_interleaved=model.qk_interleaved,
+        random_drops=moe.use_rts and moe.drop_tokens and moe.top_k == 1,
     )

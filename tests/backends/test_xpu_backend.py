@@ -4,10 +4,13 @@ import os
 
 import pytest
 import torch
+from agreement import workload
 
+from portmoe import load_config
 from portmoe.accelerator import discovery
 from portmoe.accelerator.preflight import preflight_of
 from portmoe.backends.xpu import device, probe
+from portmoe.ops import OPERATIONS, choose
 
 
 @pytest.fixture
@@ -118,3 +121,30 @@ def test_a_missing_runtime_library_is_explained():
     message = "ImportError: libsycl.so.8: cannot open shared object file"
     assert "libsycl.so.8" in probe.explain_failed_import(message).summary
     assert probe.explain_failed_import("libcudart.so.13: cannot open shared object file") is None
+
+
+def test_the_kernels_need_a_triton_with_the_compiler_for_these_gpus(monkeypatch):
+    compilers = pytest.importorskip("triton.backends").backends
+    monkeypatch.delitem(compilers, "intel", raising=False)
+    shapes = workload(torch.bfloat16, torch.device("xpu"))
+    settings = load_config("tiny_moe4", ["model.use_flash_attn=true"])
+
+    def chosen():
+        return choose(OPERATIONS, discovery.load("xpu").ops.implementations(), shapes, settings).record()
+
+    for op in ("swiglu", "topk_gating", "dispatch", "combine"):
+        kernel, *others = chosen()[op]["candidates"]
+        assert kernel["name"] == "triton"
+        assert kernel["reason"].endswith("not for intel")
+        assert any(other["chosen"] for other in others)
+    monkeypatch.setitem(compilers, "intel", object())
+    assert {op for op, record in chosen().items() if record["chosen"] == "triton"} == {
+        "swiglu",
+        "topk_gating",
+        "dispatch",
+        "combine",
+    }
+    shared = discovery.load("cuda").ops.implementations()
+    assert [i for i in discovery.load("xpu").ops.implementations() if i.name == "triton"] == [
+        i for i in shared if i.name == "triton"
+    ]

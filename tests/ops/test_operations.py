@@ -7,9 +7,10 @@ import math
 
 import pytest
 import torch
+from agreement import assert_agrees, results, samples, workload
 from torch.utils._pytree import tree_leaves, tree_map
 
-from portmoe.ops import OPERATIONS, Workload, bag_dispatch, buffered_expert_ffn, torch_native
+from portmoe.ops import OPERATIONS, bag_dispatch, buffered_expert_ffn, torch_native
 from portmoe.ops.measure import seconds_per_call
 from portmoe.ops.operation import Tolerance, rounding
 
@@ -17,66 +18,10 @@ NATIVE = [pytest.param(i, id=f"{i.op}.{i.name}") for i in torch_native.ALL]
 FOR_CPUS = [pytest.param(i, id=f"{i.op}.{i.name}") for i in (*bag_dispatch.ALL, *buffered_expert_ffn.ALL)]
 
 
-def workload(dtype=torch.float32, **changes):
-    sizes = {
-        "tokens": 24,
-        "seq_len": 8,
-        "hidden": 16,
-        "heads": 2,
-        "head_dim": 8,
-        "ffn_width": 24,
-        "vocab": 40,
-        "experts": 4,
-        "top_k": 2,
-        "capacity": 12,
-        "equal_segments": True,
-    }
-    return Workload(device=torch.device("cpu"), dtype=dtype, **(sizes | changes))
-
-
-def samples(operation, shapes):
-    return operation.samples(shapes, torch.Generator().manual_seed(0))
-
-
-def results(function, sample, *, double=False):
-    """All that a call produces: outputs, tensors written to, and the gradient of every leaf."""
-    args, kwargs = tree_map(lambda leaf: widened(leaf, double), (sample.args, sample.kwargs))
-    outputs = [t for t in tree_leaves(function(*args, **kwargs)) if isinstance(t, torch.Tensor)]
-    inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    wanted = [t for t in inputs if t.requires_grad]
-    sources = [t for t in outputs if t.requires_grad]
-    generator = torch.Generator().manual_seed(3)
-    downstream = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in sources]
-    grads = torch.autograd.grad(sources, wanted, downstream, materialize_grads=True) if sources else ()
-    return [*outputs, *(t for t in inputs if not t.requires_grad), *grads]
-
-
-def widened(leaf, double):
-    if isinstance(leaf, torch.Generator):
-        return leaf.clone_state()
-    if not isinstance(leaf, torch.Tensor):
-        return leaf
-    wide = leaf.detach().clone()
-    if double and leaf.is_floating_point():
-        wide = wide.double()
-    return wide.requires_grad_(leaf.requires_grad)
-
-
-def assert_agree(function, operation, shapes):
-    for sample in samples(operation, shapes):
-        ours = results(function, sample)
-        control = results(operation.reference, sample, double=True)
-        assert len(ours) == len(control)
-        for value, expected in zip(ours, control, strict=True):
-            if value.is_floating_point():  # which class is highest may differ between precisions
-                needed = operation.tolerance(sample).needed(value, expected)
-                assert needed <= 1, f"{sample.label}: needs {needed:.2f} of the tolerance"
-
-
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_reference_needs_no_more_than_its_own_tolerance(name):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert_agree(OPERATIONS[name].reference, OPERATIONS[name], workload(dtype))
+        assert_agrees(OPERATIONS[name].reference, OPERATIONS[name], workload(dtype))
 
 
 @pytest.mark.parametrize("implementation", NATIVE)
@@ -84,13 +29,13 @@ def test_the_reference_needs_no_more_than_its_own_tolerance(name):
 def test_every_native_implementation_agrees_with_the_reference(implementation, dtype):
     shapes = workload(dtype)
     assert implementation.supports(shapes) is None
-    assert_agree(implementation.function, OPERATIONS[implementation.op], shapes)
+    assert_agrees(implementation.function, OPERATIONS[implementation.op], shapes)
 
 
 @pytest.mark.parametrize("implementation", FOR_CPUS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_implementation_for_cpus_agrees_with_the_reference(implementation, dtype):
-    assert_agree(implementation.function, OPERATIONS[implementation.op], workload(dtype))
+    assert_agrees(implementation.function, OPERATIONS[implementation.op], workload(dtype))
 
 
 @pytest.mark.parametrize("implementation", [p for p in NATIVE + FOR_CPUS if not p.id.startswith("adamw")])

@@ -2,12 +2,13 @@
 
 import math
 
+import agreement
 import pytest
 import torch
-from torch.utils._pytree import tree_map
 
-from portmoe.backends.cuda.ops import TRITON, CudaOperations
-from portmoe.ops import OPERATIONS, Workload
+from portmoe.backends.cuda.ops import CudaOperations
+from portmoe.backends.kernels.ops import TRITON
+from portmoe.ops import OPERATIONS
 from portmoe.ops import combine as plain_combine
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -15,39 +16,8 @@ KERNELS = {implementation.op: implementation.function for implementation in TRIT
 
 
 def workload(dtype=torch.float32, **changes):
-    sizes = {
-        "tokens": 12,
-        "seq_len": 4,
-        "hidden": 24,
-        "heads": 2,
-        "head_dim": 8,
-        "ffn_width": 40,
-        "vocab": 40,
-        "experts": 4,
-        "top_k": 2,
-        "capacity": 6,
-        "equal_segments": True,
-    }
-    return Workload(device=DEVICE, dtype=dtype, **(sizes | changes))
-
-
-def outcome(function, sample, control):
-    """The result and every gradient; the control computes in float64 on the CPU."""
-
-    def fresh(leaf):
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        value = leaf.detach().clone()
-        if control:
-            value = value.cpu().double() if leaf.is_floating_point() else value.cpu()
-        return value.requires_grad_(leaf.requires_grad)
-
-    args = tree_map(fresh, sample.args)
-    out = function(*args)
-    wanted = [t for t in args if isinstance(t, torch.Tensor) and t.requires_grad]
-    downstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
-    grads = torch.autograd.grad(out, wanted, downstream.to(out.device, out.dtype), materialize_grads=True)
-    return [out, *grads]
+    sizes = {"tokens": 12, "seq_len": 4, "hidden": 24, "ffn_width": 40, "capacity": 6}
+    return agreement.workload(dtype, DEVICE, **(sizes | changes))
 
 
 @pytest.mark.parametrize("op", KERNELS)
@@ -56,26 +26,15 @@ def outcome(function, sample, control):
     "changes", [{}, {"capacity": 0}, {"tokens": 1, "seq_len": 1, "experts": 1, "top_k": 1}], ids=str
 )
 def test_it_is_the_same_function(op, dtype, changes):
-    operation = OPERATIONS[op]
-    for sample in operation.samples(workload(dtype, **changes), torch.Generator().manual_seed(0)):
-        ours = outcome(KERNELS[op], sample, control=False)
-        theirs = outcome(operation.reference, sample, control=True)
-        for value, expected in zip(ours, theirs, strict=True):
-            needed = operation.tolerance(sample).needed(value, expected)
-            assert needed <= 1, f"{sample.label}: needs {needed:.2f} of the tolerance"
+    agreement.assert_agrees(KERNELS[op], OPERATIONS[op], workload(dtype, **changes))
 
 
 @pytest.mark.parametrize("hidden", [1, 7, 1500])  # 1500: more than one block
 def test_any_width(hidden):
-    generator = torch.Generator().manual_seed(0)
     for op in KERNELS:
-        sample = OPERATIONS[op].samples(workload(hidden=hidden, ffn_width=hidden, tokens=4), generator)[0]
-        for value, expected in zip(
-            outcome(KERNELS[op], sample, control=False),
-            outcome(OPERATIONS[op].reference, sample, control=True),
-            strict=True,
-        ):
-            assert OPERATIONS[op].tolerance(sample).needed(value, expected) <= 1
+        agreement.assert_agrees(
+            KERNELS[op], OPERATIONS[op], workload(hidden=hidden, ffn_width=hidden, tokens=4)
+        )
 
 
 def test_rows_without_a_token_are_never_read():

@@ -1,13 +1,13 @@
 """Every implementation of the NPU backend against its operation's reference in float64 on the CPU."""
 
+import agreement
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
 from torch_npu import faults
 
 from portmoe import load_config
 from portmoe.backends.npu.ops import FUSED, NpuOperations
-from portmoe.ops import OPERATIONS, Segments, Workload, choose
+from portmoe.ops import OPERATIONS, Segments, choose
 from portmoe.ops import attention as plain_attention
 
 NPU = torch.device("npu", 0)
@@ -15,53 +15,7 @@ IMPLEMENTATIONS = NpuOperations().implementations()
 
 
 def workload(dtype=torch.float32, **changes):
-    sizes = {
-        "tokens": 24,
-        "seq_len": 8,
-        "hidden": 16,
-        "heads": 2,
-        "head_dim": 8,
-        "ffn_width": 24,
-        "vocab": 40,
-        "experts": 4,
-        "top_k": 2,
-        "capacity": 12,
-        "equal_segments": True,
-    }
-    return Workload(device=NPU, dtype=dtype, **(sizes | changes))
-
-
-def results(function, sample, control):
-    """Outputs, tensors written to, and every gradient; the control computes in float64 on the CPU."""
-
-    def fresh(leaf):
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        value = leaf.detach().clone()
-        if control:
-            value = value.cpu().double() if leaf.is_floating_point() else value.cpu()
-        return value.requires_grad_(leaf.requires_grad)
-
-    args, kwargs = tree_map(fresh, (sample.args, sample.kwargs))
-    outputs = [t for t in tree_leaves(function(*args, **kwargs)) if isinstance(t, torch.Tensor)]
-    inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    sources = [t for t in outputs if t.requires_grad]
-    wanted = [t for t in inputs if t.requires_grad]
-    generator = torch.Generator().manual_seed(3)
-    downstream = [torch.randn(t.shape, generator=generator).to(t.dtype).to(t.device) for t in sources]
-    grads = torch.autograd.grad(sources, wanted, downstream, materialize_grads=True) if sources else ()
-    return [*outputs, *(t for t in inputs if not t.requires_grad), *grads]
-
-
-def assert_agrees(implementation, shapes):
-    operation = OPERATIONS[implementation.op]
-    for sample in operation.samples(shapes, torch.Generator().manual_seed(0)):
-        ours = results(implementation.function, sample, control=False)
-        theirs = results(operation.reference, sample, control=True)
-        for value, expected in zip(ours, theirs, strict=True):
-            if value.is_floating_point():
-                needed = operation.tolerance(sample).needed(value, expected)
-                assert needed <= 1, f"{sample.label}: needs {needed:.2f} of the tolerance"
+    return agreement.workload(dtype, NPU, **changes)
 
 
 CASES = [
@@ -79,7 +33,7 @@ def test_it_is_the_same_function(implementation):
         for changes in CASES:
             shapes = workload(dtype, **changes)
             if implementation.supports(shapes) is None:
-                assert_agrees(implementation, shapes)
+                agreement.assert_agrees(implementation.function, OPERATIONS[implementation.op], shapes)
                 computed += 1
     assert computed >= 3 or implementation.op == "topk_gating"
 

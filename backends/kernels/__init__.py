@@ -1,0 +1,1 @@
+"""Triton kernels, and libraries of them, that more than one vendor's backend offers."""
