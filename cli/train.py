@@ -37,6 +37,11 @@ MOST_RANKS = 2**20
     show_default=True,
     help="Who starts the processes; auto looks at the environment.",
 )
+@click.option(
+    "--profile",
+    is_flag=True,
+    help="Write a trace of the first steps after warming up, and print where their time and memory go.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what training takes, without training.")
 @click.option(
     "--world-size",
@@ -51,12 +56,15 @@ def train(
     nproc: int,
     max_restarts: int,
     launcher: str,
+    profile: bool,
     dry_run: bool,
     world_size: int | None,
 ) -> None:
     """Train the model of a config; without options, the tiny one on the best backend found."""
     if world_size is not None and not dry_run:
         raise click.UsageError("--world-size is for --dry-run only; use --nproc to start processes")
+    if profile and dry_run:
+        raise click.UsageError("--profile needs real steps; leave --dry-run out")
     config = load_config(name, overrides)
     if backend != AUTO:
         find(backend)
@@ -73,7 +81,8 @@ def train(
 
         settings = [part for override in overrides for part in ("--set", override)]
         argv = ["train", "--config", name, *settings, "--backend", backend, "--launcher", "torchrun"]
+        argv += ["--profile"] if profile else []
         sys.exit(spawn(nproc, argv, max_restarts))
     from portmoe.training.run import train as start
 
-    start(config, config_name(name), backend, launcher)
+    start(config, config_name(name), backend, launcher, profile)

@@ -24,6 +24,7 @@ from portmoe.training.loss_scale import LossScale
 from portmoe.training.metrics import StepMetrics
 from portmoe.training.optimizer import Optimizer, clip_scale
 from portmoe.training.schedule import beta2, learning_rate
+from portmoe.training.spans import OPTIMIZER, span
 from portmoe.training.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -105,13 +106,15 @@ class NativeEngine:
             self._pipeline.train(batches, objective)
         tensor.sum_gradients(self.model, self._region)
         self._step_clock.stop()
-        layer_norms = self.optimizer.gradient_norms(scale)
+        with span(OPTIMIZER):
+            layer_norms = self.optimizer.gradient_norms(scale)
         norms = {group: math.hypot(*by_place) for group, by_place in layer_norms.items()}
         finite = all(map(math.isfinite, norms.values()))
         lr, second_beta = learning_rate(self._config, step), beta2(self._config, step)
         if finite:
             clip = clip_scale(norms, self._config.hybrid_zero_optimizer.clip_grad_norm)
-            self.optimizer.step(lr=lr, beta2=second_beta, gradient_scale=clip / scale)
+            with span(OPTIMIZER):
+                self.optimizer.step(lr=lr, beta2=second_beta, gradient_scale=clip / scale)
         self.optimizer.clear_gradients()
         self.loss_scale.update(finite)
         return StepOutcome(

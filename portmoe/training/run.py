@@ -30,13 +30,16 @@ from portmoe.training.interrupt import Interrupt
 from portmoe.training.memory_check import require_memory
 from portmoe.training.operations import choose_operations
 from portmoe.training.placement import gather_places, placement
+from portmoe.training.profile import FOLDER, StepProfile, least_work
 from portmoe.training.ranks import Ranks, detect
 from portmoe.training.report import RunFacts, end_summary, start_block
 from portmoe.training.roll_call import RollCall
 from portmoe.training.run_directory import RunDirectory
+from portmoe.training.spans import mark_modules, marked_operations
 from portmoe.training.starting_point import starting_point
 from portmoe.training.throughput import Throughput
 from portmoe.training.trainer import Progress, Trainer
+from portmoe.training.workload import workload_of
 from portmoe.training.writers import Writers
 
 
@@ -51,10 +54,13 @@ class Session:
     device: torch.device
     ranks: Ranks
     run: RunDirectory
+    profile: bool
 
 
-def train(config: Config, config_name: str, backend: str, launcher: str) -> None:
+def train(config: Config, config_name: str, backend: str, launcher: str, profile: bool = False) -> None:
     """Train ``config`` as the rank this process is.
+
+    With ``profile`` a few steps are traced; see ``training.profile``.
 
     Returns when the run is complete, or when a signal asked it to stop and its state is saved.
 
@@ -79,7 +85,7 @@ def train(config: Config, config_name: str, backend: str, launcher: str) -> None
         run = RunDirectory.open(config, config_name, ranks.rank, _broadcast)
         stack.callback(run.close)
         interrupt = stack.enter_context(Interrupt())
-        session = Session(config, config_name, layout, accelerator, device, ranks, run)
+        session = Session(config, config_name, layout, accelerator, device, ranks, run, profile)
         _train_in(session, interrupt, stack)
         for roll_call in roll_calls:
             roll_call.close()
@@ -99,6 +105,8 @@ def _train_in(session: Session, interrupt: Interrupt, stack: ExitStack) -> None:
     collectives = session.accelerator.collectives
     world, checkpoint_group = collectives.host_group(), collectives.host_group()
     meshes = build_meshes(layout, device.type)
+    if session.profile:
+        ops = marked_operations(ops)
     engine = NativeEngine(config, layout, ops, meshes, device, world)
     checkpointer = Checkpointer(run.checkpoints, config.ckpt.keep, config.ckpt.async_upload, checkpoint_group)
     stack.callback(checkpointer.close)
@@ -136,6 +144,7 @@ def _train_in(session: Session, interrupt: Interrupt, stack: ExitStack) -> None:
         checkpointer if config.ckpt.enable_save_ckpt else None,
         progress,
         world,
+        _profile(session, engine, progress),
     )
     throughput = Throughput(
         layout.world,
@@ -156,6 +165,17 @@ def _train_in(session: Session, interrupt: Interrupt, stack: ExitStack) -> None:
                 reason="finished" if complete else _stopped(config, interrupt),
             )
         )
+
+
+def _profile(session: Session, engine: NativeEngine, progress: Progress) -> StepProfile | None:
+    """Where the run is to be profiled. Marks the model's modules."""
+    steps = session.config.data.total_steps - progress.step
+    if not session.profile or steps < 1:
+        return None
+    mark_modules(engine.model)
+    workload = workload_of(session.config, session.layout, session.device)
+    path = session.run.path / FOLDER / f"trace-rank{session.ranks.rank:05d}.json.gz"
+    return StepProfile(path, steps, workload, least_work(engine, workload, session.layout.micro_num))
 
 
 def _facts(session: Session, ops: OpTable, ranks: str, progress: Progress, notes: list[str]) -> RunFacts:

@@ -16,6 +16,8 @@ from portmoe.training.engine import NativeEngine, StepOutcome
 from portmoe.training.interrupt import Interrupt
 from portmoe.training.log_line import StepResult, perplexity, step_record
 from portmoe.training.metrics import StepTotals
+from portmoe.training.profile import StepProfile
+from portmoe.training.spans import WAITING, span
 from portmoe.training.throughput import Throughput
 from portmoe.training.writers import Writers
 
@@ -36,6 +38,7 @@ class Trainer:
         valid: None where ``data.valid_every`` is 0.
         checkpointer: None where nothing is saved.
         world: a CPU process group of all ranks.
+        profile: of some of the steps, where one is asked for.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Trainer:
         checkpointer: Checkpointer | None,
         progress: Progress,
         world: dist.ProcessGroup,
+        profile: StepProfile | None = None,
     ) -> None:
         self.progress = progress
         self._config = config
@@ -59,6 +63,7 @@ class Trainer:
         self._valid = valid
         self._checkpointer = checkpointer
         self._world = world
+        self._profile = profile
         self._passed_over = parse_step_ranges(config.data.skip_batches)
         self._saved_at = progress.step if progress.step else None
 
@@ -73,7 +78,11 @@ class Trainer:
             if any(step in passed for passed in self._passed_over):
                 self.progress.step += 1
                 continue
+            if self._profile:
+                self._profile.before_step()
             stop = self._one_step(step, writers, throughput, interrupt)
+            if self._profile and (table := self._profile.after_step()):
+                writers.note(table)
             if self._checkpointer and self.progress.step % self._config.ckpt.checkpoint_every == 0:
                 self._save()
             if stop:
@@ -88,9 +97,12 @@ class Trainer:
         """One training step and its record; True if some rank was asked to stop."""
         began = time.perf_counter()
         self._accelerator.memory.reset_peak()
-        outcome = self._engine.train_step(step, self._train.batches(step))
-        totals = outcome.metrics.reduce(interrupt.requested, self._world, self._layout)
-        self._accelerator.device.synchronize()
+        with span(WAITING):
+            batches = self._train.batches(step)
+        outcome = self._engine.train_step(step, batches)
+        with span(WAITING):
+            totals = outcome.metrics.reduce(interrupt.requested, self._world, self._layout)
+            self._accelerator.device.synchronize()
         seconds = time.perf_counter() - began
         self.progress.step += 1
         self.progress.consumed_tokens += self._layout.tokens_per_step

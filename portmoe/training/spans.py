@@ -1,0 +1,82 @@
+"""Marks that tell a profile which part of the model runs.
+
+A mark is a named span of ``torch.profiler``. Those inside a layer are put on only while profiling, by hooks
+around modules and by wrapping the chosen operations, so that an ordinary step carries none of them. The
+backward pass needs no marks: torch records which forward operation each of its nodes belongs to.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from torch import nn
+from torch.profiler import record_function
+
+from portmoe.model.attention import Attention
+from portmoe.model.experts import Experts
+from portmoe.model.feed_forward import FeedForward
+from portmoe.model.norm import RMSNorm
+from portmoe.model.router import Router
+from portmoe.ops import OpTable
+
+PREFIX = "portmoe::"
+OPTIMIZER, WAITING = "optimizer", "waiting"
+
+MODULES: dict[type[nn.Module], str] = {
+    Router: "router",
+    Experts: "experts",
+    Attention: "attention",
+    FeedForward: "dense network",
+    RMSNorm: "norms",
+    nn.Embedding: "embedding",
+}
+OPERATIONS = {
+    "topk_gating": "router",
+    "megablock_gating": "router",
+    "dispatch": "dispatch",
+    "combine": "combine",
+    "cross_entropy": "loss",
+}
+
+
+def span(part: str) -> record_function:
+    """A context manager that marks what runs inside it as ``part``."""
+    return record_function(PREFIX + part)
+
+
+def marked_operations(ops: OpTable) -> OpTable:
+    """``ops`` with the functions of ``OPERATIONS`` marked; the record of the choice is the same."""
+    functions = {choice.op: getattr(ops, choice.op) for choice in ops.choices}
+    functions |= {op: _marked(functions[op], part) for op, part in OPERATIONS.items()}
+    return OpTable(functions, ops.choices)
+
+
+def mark_modules(model: nn.Module) -> None:
+    """Mark every module of ``MODULES`` in ``model``, for good."""
+    for module in model.modules():
+        for kind, part in MODULES.items():
+            if isinstance(module, kind):  # the sharding engine gives modules classes of their own
+                _mark(module, part)
+
+
+def _mark(module: nn.Module, part: str) -> None:
+    open_spans: list[record_function] = []
+
+    def enter(module: nn.Module, arguments: Any) -> None:
+        open_spans.append(span(part))
+        open_spans[-1].__enter__()
+
+    def leave(module: nn.Module, arguments: Any, result: Any) -> None:
+        open_spans.pop().__exit__(None, None, None)
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave, always_call=True)
+
+
+def _marked(function: Callable[..., Any], part: str) -> Callable[..., Any]:
+    @wraps(function)
+    def call(*arguments: Any, **settings: Any) -> Any:
+        with span(part):
+            return function(*arguments, **settings)
+
+    return call
