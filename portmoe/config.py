@@ -336,6 +336,11 @@ class ParallelConfig(Section):
     weight: WeightConfig = WeightConfig()
     expert: ExpertConfig = ExpertConfig()
 
+    @property
+    def gathers_by_block(self) -> bool:
+        """Whether parameters are sharded, and a block's are whole only while it computes."""
+        return self.zero1.fsdp or self.weight.size > 1
+
     @model_validator(mode="after")
     def _weight_needs_isp(self) -> "ParallelConfig":
         if self.weight.size > 1 and self.tensor.mode != "isp":

@@ -42,9 +42,9 @@ def state_bytes(
 ) -> StateBytes:
     """Model state under ZeRO: masters and moments sharded, compute copies and gradients whole.
 
-    The compute copies are separate from the masters also in float32 and on one rank. With
-    ``parallel.zero1.fsdp`` the gradients are sharded too, and compute copies are there of the embedding,
-    the head, and two blocks: the one at work and the next.
+    The compute copies are separate from the masters also in float32 and on one rank. With parameters
+    sharded (``parallel.zero1.fsdp``, ``parallel.weight.size``) the gradients are sharded too, and compute
+    copies are there of the embedding, the head, and two blocks: the one at work and the next.
 
     Args:
         parameters: of the part of the model that is here, with all experts of its layers.
@@ -80,7 +80,7 @@ def _part_bytes(config: Config, parameters: int, exact: int, shards: int, gather
     element = compute_dtype(config.model).itemsize
     sharded = -(-parameters // shards)
     weights = (parameters - exact) * element + exact * FP32_BYTES
-    fsdp = config.parallel.zero1.fsdp
+    fsdp = config.parallel.gathers_by_block
     return StateBytes(
         weights=min(weights, gathered * element) if fsdp else weights,
         masters=sharded * FP32_BYTES,

@@ -51,7 +51,7 @@ class MoELayer(nn.Module):
             noise_seed: with the layer's number it determines all noise.
         """
         routing = self._route(x_TH, layer_generator(noise_seed, self.layer))
-        y_TH = self._experts_ragged(x_TH, routing) if self._dropless else self._experts_static(x_TH, routing)
+        y_TH = self.apply_experts(x_TH, routing)
         if self.config.model.moe_use_residual:
             c_T2 = self.coefficient(x_TH).float().softmax(-1).to(x_TH.dtype)
             y_TH = y_TH * c_T2[:, :1] + self.residual(x_TH) * c_T2[:, 1:]
@@ -82,13 +82,18 @@ class MoELayer(nn.Module):
             generator=generator,
         )
 
+    def apply_experts(self, x_TH: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Each token's weighted sum of its experts' outputs, without the residual network."""
+        return self.experts_ragged(x_TH, routing) if self._dropless else self._experts_static(x_TH, routing)
+
     def _experts_static(self, x_TH: torch.Tensor, routing: Routing) -> torch.Tensor:
         row_KT = routing.static_row_KS
         x_RH = self.ops.dispatch(x_TH, row_KT, routing.static_rows)
         y_ECH = self.experts(x_RH.unflatten(0, (routing.count_E.numel(), routing.capacity)))
         return self.ops.combine(y_ECH.flatten(0, 1), row_KT, routing.weight_KS)
 
-    def _experts_ragged(self, x_TH: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def experts_ragged(self, x_TH: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """``apply_experts`` with a row for every choice; those of dropped ones are zero and not used."""
         row_KT = routing.ragged_row_KS
         x_RH = self.ops.dispatch(x_TH, row_KT, routing.ragged_rows)
         y_RH = self.experts(x_RH, routing.ends_E)

@@ -1,5 +1,7 @@
 """The router: one float32 logit per token and expert."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -25,7 +27,11 @@ class Router(nn.Module):
         """``jitter``: a CPU generator the input's noise U(0.99, 1.01) is drawn from; None: no noise."""
         x_SH = x_SH.float()
         if jitter is not None:
-            noise_SH = torch.empty(x_SH.shape, dtype=torch.float32)
-            noise_SH.uniform_(1.0 - JITTER, 1.0 + JITTER, generator=jitter)
-            x_SH = x_SH * noise_SH.to(x_SH.device)
+            x_SH = x_SH * jitter_noise(x_SH.shape, jitter).to(x_SH.device)
         return F.linear(x_SH, computed(self.weight, torch.float32))
+
+
+def jitter_noise(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """U(0.99, 1.01), float32, on the CPU as ``generator`` is."""
+    noise = torch.empty(shape, dtype=torch.float32)
+    return noise.uniform_(1.0 - JITTER, 1.0 + JITTER, generator=generator)

@@ -9,7 +9,7 @@ from portmoe.config import Config
 from portmoe.model.decoder import Decoder
 from portmoe.model.precision import compute_dtype
 from portmoe.ops.table import OpTable
-from portmoe.parallel import expert, tensor, vocabulary, zero
+from portmoe.parallel import expert, sequence, tensor, vocabulary, zero
 from portmoe.parallel.mesh import Meshes
 from portmoe.parallel.stages import Stage, stages_of
 from portmoe.parallel.tensor import Region
@@ -28,7 +28,9 @@ def build(
         model = nn.ModuleList(Decoder(config, ops, s.layers, s.embed, s.head) for s in stages)
     region = Region.of_mode(meshes.tensor, config.parallel.tensor.mode)
     for decoder in model:
-        if meshes.tensor.size() > 1:
+        if meshes.tensor.size() > 1 and region is None:
+            sequence.split(decoder, meshes.tensor)
+        elif meshes.tensor.size() > 1:
             tensor.share(decoder, region)
             vocabulary.share(decoder, region)
         expert.spread(decoder, meshes)

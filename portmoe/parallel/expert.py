@@ -25,6 +25,8 @@ from portmoe.parallel.tensor import cut
 def spread(model: Decoder, meshes: Meshes) -> None:
     """Leave each rank its share of every layer's experts, and its share of their width."""
     axes = {"expert": meshes.expert, "tensor": meshes.tensor}
+    if model.config.parallel.tensor.mode == "isp":  # its ranks share the tokens and not the weights
+        del axes["tensor"]
     axes = {kind: mesh for kind, mesh in axes.items() if mesh.size() > 1}
     if not axes:
         return

@@ -16,11 +16,8 @@ from portmoe.errors import ConfigError
 # The one list of layouts the config can express and the trainer cannot run yet: key → allowed values.
 # Building a parallelism ends with deleting its line.
 ALLOWED_TODAY = {
-    "parallel.weight.size": (1,),
     "trainer.engine": ("native",),
 }
-
-BUILT_MODES = ("mtp", "msp", "fsp")
 
 
 @dataclass(frozen=True)
@@ -32,10 +29,11 @@ class Layout:
         data: ranks that see different samples.
         tensor: ranks that share one layer (or, in isp mode, one sequence).
         pipeline: stages.
-        zero1: ranks the optimizer state is sharded over; it divides ``data``.
+        alike: ranks that compute with the same weights: ``data``, in isp mode data · tensor.
+        zero1: ranks the optimizer state is sharded over; it divides ``alike``.
         sequence: ranks the tokens of a micro-batch are split over between the regions that ``tensor`` shares.
-        weight: ranks the parameters are sharded over in isp mode.
-        expert: ranks the experts are spread over; it divides ``data`` and the number of experts. 1: every
+        weight: ranks the parameters are sharded over in isp mode; 1: they are not. Else equal to ``zero1``.
+        expert: ranks the experts are spread over; it divides ``alike`` and the number of experts. 1: every
             rank computes every expert.
         micro_num: micro-batches per rank and step; follows from ``data.global_batch_size`` where that is set.
         micro_bsz: sequences per micro-batch.
@@ -46,6 +44,7 @@ class Layout:
     data: int
     tensor: int
     pipeline: int
+    alike: int
     zero1: int
     sequence: int
     weight: int
@@ -78,20 +77,21 @@ class Layout:
         micro_num = _micro_num(config.data, data)
         _check_schedule(config, micro_num)
         _check_tensor(config)
+        alike = data * tensor if parallel.tensor.mode == "isp" else data
+        weight = _dividing("parallel.weight.size", parallel.weight.size, alike)
         return cls(
             world=world_size,
             data=data,
             tensor=tensor,
             pipeline=pipeline,
-            zero1=_dividing("parallel.zero1.size", parallel.zero1.size, data)
-            if parallel.zero1.size > 0
-            else data,
+            alike=alike,
+            zero1=_zero1(parallel.zero1.size, alike, weight),
             sequence=1 if parallel.tensor.mode == "mtp" else tensor,
-            weight=_dividing("parallel.weight.size", parallel.weight.size, data * tensor),
+            weight=weight,
             expert=_dividing(
                 "parallel.expert.size",
                 parallel.expert.size or math.gcd(data, config.model.num_experts),
-                data,
+                alike,
             ),
             micro_num=micro_num,
             micro_bsz=config.data.micro_bsz,
@@ -109,7 +109,7 @@ class Layout:
     @property
     def expert_shards(self) -> int:
         """Ranks the optimizer state of an expert is sharded over: ``zero1`` of those that hold it, or all."""
-        return math.gcd(self.data // self.expert, self.zero1)
+        return math.gcd(self.alike // self.expert, self.zero1)
 
     @property
     def global_batch_sequences(self) -> int:
@@ -152,16 +152,10 @@ def _check_tensor(config: Config) -> None:
     size, mode, model = config.parallel.tensor.size, config.parallel.tensor.mode, config.model
     if size == 1:
         return
-    if mode not in BUILT_MODES:
-        raise ConfigError(
-            f"parallel.tensor.mode={mode!r} with parallel.tensor.size={size} is not supported yet; allowed "
-            f"today: {' or '.join(BUILT_MODES)}, or size 1"
-        )
-    shared = {
-        "model.num_attention_heads": model.num_attention_heads,
-        "model.vocab_size": model.vocab_size,
-        "the feed-forward width (see model.multiple_of)": model.ffn_width,
-    }
+    shared = {"model.num_attention_heads": model.num_attention_heads}
+    if mode != "isp":
+        shared["model.vocab_size"] = model.vocab_size
+        shared["the feed-forward width (see model.multiple_of)"] = model.ffn_width
     if mode != "mtp":
         shared["data.micro_bsz · data.seq_len"] = config.data.micro_bsz * config.data.seq_len
     for key, value in shared.items():
@@ -169,6 +163,20 @@ def _check_tensor(config: Config) -> None:
             raise ConfigError(
                 f"{key}={value} must be a multiple of parallel.tensor.size={size}; change one of the two"
             )
+
+
+def _zero1(size: int, alike: int, weight: int) -> int:
+    """Ranks the optimizer state is sharded over; where parameters are sharded, as they are."""
+    if weight == 1:
+        return _dividing("parallel.zero1.size", size, alike) if size > 0 else alike
+    further = alike // weight
+    if size > 1 or (size <= 0 and further > 1):
+        raise ConfigError(
+            f"parallel.zero1.size={size} asks to shard the optimizer state further than parallel.weight.size="
+            f"{weight} does, among the {further} ranks that hold the same shard; that is not supported: set "
+            f"parallel.zero1.size to 1, or parallel.weight.size to {alike}"
+        )
+    return weight
 
 
 def _check_schedule(config: Config, micro_num: int) -> None:

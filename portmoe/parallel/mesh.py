@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from portmoe.parallel.layout import Layout
 
 PIPELINE, DATA, TENSOR = "pipeline", "data", "tensor"
-REPLICATE, SHARD = "replicate", "shard"
+ALIKE, REPLICATE, SHARD = "alike", "replicate", "shard"
 EXPERT_REPLICATE, EXPERT_SHARD, EXPERT = "expert_replicate", "expert_shard", "expert"
 
 
@@ -17,11 +17,12 @@ class Meshes:
 
     Attributes:
         root: every rank, as (PIPELINE, DATA, TENSOR): the tensor ranks are neighbours, the stages far apart.
-        data: the data-parallel ranks of one stage and tensor rank. One dimension (SHARD) where the optimizer
-            state is sharded over all of them; two (REPLICATE, SHARD) where it is sharded over subsets and
-            replicated between them.
-        expert: the data-parallel ranks, neighbours, that together hold all experts of a layer.
-        expert_data: the data-parallel ranks that hold the same experts, in one or two dimensions as ``data``.
+        data: the ranks that see different tokens and compute with the same weights: the data-parallel ranks
+            of one stage and tensor rank, in isp mode those of one stage. One dimension (SHARD) where the
+            optimizer state is sharded over all of them; two (REPLICATE, SHARD) where it is sharded over
+            subsets and replicated between them.
+        expert: those among them, neighbours, that together hold all experts of a layer.
+        expert_data: those among them that hold the same experts, in one or two dimensions as ``data``.
     """
 
     root: DeviceMesh
@@ -49,10 +50,11 @@ def build_meshes(layout: Layout, device_type: str) -> Meshes:
     """Create the process groups of ``layout`` on the default process group's ranks. Collective."""
     shape = (layout.pipeline, layout.data, layout.tensor)
     root = init_device_mesh(device_type, shape, mesh_dim_names=(PIPELINE, DATA, TENSOR))
-    data = _cut(root[DATA], (layout.data // layout.zero1, layout.zero1), (REPLICATE, SHARD))
-    holders = layout.data // layout.expert
+    alike = root[DATA] if layout.alike == layout.data else root[DATA, TENSOR]._flatten(ALIKE)
+    data = _cut(alike, (layout.alike // layout.zero1, layout.zero1), (REPLICATE, SHARD))
+    holders = layout.alike // layout.expert
     experts = _cut(
-        root[DATA],
+        alike,
         (holders // layout.expert_shards, layout.expert_shards, layout.expert),
         (EXPERT_REPLICATE, EXPERT_SHARD, EXPERT),
     )

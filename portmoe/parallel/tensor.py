@@ -48,7 +48,10 @@ class Region:
     regather: bool = False  # what was gathered to enter is gathered again for the backward pass, not kept
 
     @classmethod
-    def of_mode(cls, mesh: DeviceMesh, mode: str) -> "Region":
+    def of_mode(cls, mesh: DeviceMesh, mode: str) -> "Region | None":
+        """None in ``isp``, where no layer is shared."""
+        if mode == "isp":
+            return None
         return cls(mesh, Replicate() if mode == "mtp" else Shard(0), regather=mode == "fsp")
 
     @contextmanager
@@ -142,9 +145,9 @@ def summed_parameters(model: nn.Module, region: Region) -> Iterator[nn.Parameter
             yield from module.coefficient.parameters()
 
 
-def sum_gradients(model: nn.Module, region: Region) -> None:
+def sum_gradients(model: nn.Module, region: Region | None) -> None:
     """Complete the gradients of ``summed_parameters`` after a step's last backward pass: one all-reduce."""
-    if region.mesh.size() == 1:
+    if region is None or region.mesh.size() == 1:
         return
     gradients = [p.grad for p in summed_parameters(model, region) if p.grad is not None]
     shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]

@@ -3,8 +3,9 @@
 Every rank keeps float32 master weights and optimizer state for its shard only. Under ZeRO-1 the compute
 copies are gathered once at the start of a step, stay whole over all its micro-batches, and are dropped when
 the last backward has reduced the gradients: per parameter group one all-gather and one reduce-scatter a step.
-With ``parallel.zero1.fsdp`` a block's copies are dropped after its forward and again after its backward
-pass, and its gradients are reduced in every micro-batch, so that neither is ever whole for the whole model.
+With ``parallel.zero1.fsdp`` or ``parallel.weight.size`` a block's copies are dropped after its forward and
+again after its backward pass, and its gradients are reduced in every micro-batch, so that neither is ever
+whole for the whole model.
 
 The three cases of ``parallel.zero1.size`` are three shapes of the same mesh; see ``parallel.mesh``.
 """
@@ -34,7 +35,7 @@ def shard(model: Decoder, meshes: Meshes, dtype: torch.dtype) -> None:
     exact = MixedPrecisionPolicy(
         param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    drop = model.config.parallel.zero1.fsdp
+    drop = model.config.parallel.gathers_by_block
     settings = _settings(meshes.data) | {"reshard_after_forward": drop}
     if meshes.expert.size() > 1:
         of_experts = _settings(meshes.expert_data) | {"reshard_after_forward": drop}
@@ -69,9 +70,9 @@ def _cut(parameter: nn.Parameter, parts: int) -> Shard:
 def begin_micro_batch(model: Decoder, last: bool) -> None:
     """Accumulate gradients locally, or, in the ``last`` micro-batch of a step, reduce and reshard.
 
-    With ``parallel.zero1.fsdp`` they are reduced within their subset at once, and only between subsets once.
+    Where parameters are sharded too, they are reduced within their subset at once, between subsets once.
     """
-    if model.config.parallel.zero1.fsdp:
+    if model.config.parallel.gathers_by_block:
         model.set_requires_all_reduce(last)
         return
     model.set_requires_gradient_sync(last)

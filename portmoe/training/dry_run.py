@@ -82,6 +82,8 @@ def _activations(config: Config, layout: Layout) -> int:
     cut = {"tensor_ranks": layout.tensor, "sequence_ranks": layout.sequence}
     if config.parallel.tensor.mode == "fsp":
         cut["input_ranks"] = layout.tensor
+    if config.parallel.tensor.mode == "isp":  # all heads of some tokens are as much as some of all
+        tokens, cut = tokens // layout.sequence, {}
     layers = activation_bytes(config, tokens, head=False, **cut)
     head = activation_bytes(config, tokens, **cut) - layers
     held = []

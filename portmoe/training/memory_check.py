@@ -12,7 +12,8 @@ from portmoe.training.ranks import Ranks
 def state_of_rank(config: Config, layout: Layout) -> StateBytes:
     """Bytes of the weights, gradients and optimizer state of the rank that holds most."""
     parameters = rank_parameters(config, fullest_rank(config))
-    return state_bytes(config, parameters, layout.zero1, layout.expert, layout.expert_shards, layout.tensor)
+    tensor = 1 if config.parallel.tensor.mode == "isp" else layout.tensor
+    return state_bytes(config, parameters, layout.zero1, layout.expert, layout.expert_shards, tensor)
 
 
 def require_memory(config: Config, layout: Layout, accelerator: Accelerator, ranks: Ranks) -> None:

@@ -12,6 +12,7 @@ from portmoe.parallel.layout import Layout
 def workload_of(config: Config, layout: Layout, device: torch.device) -> Workload:
     """One rank's work per micro-batch."""
     model, moe = config.model, config.moe
+    width = 1 if config.parallel.tensor.mode == "isp" else layout.tensor  # what weights are cut by
     return Workload(
         device=device,
         dtype=compute_dtype(model),
@@ -20,8 +21,8 @@ def workload_of(config: Config, layout: Layout, device: torch.device) -> Workloa
         hidden=model.hidden_size,
         heads=model.num_attention_heads // layout.tensor,
         head_dim=model.head_dim,
-        ffn_width=model.ffn_width // layout.tensor,
-        vocab=model.vocab_size // layout.tensor,
+        ffn_width=model.ffn_width // width,
+        vocab=model.vocab_size // width,
         experts=model.num_experts // layout.expert,
         top_k=moe.top_k,
         # an expert sees the rows of all ranks that spread the experts among them

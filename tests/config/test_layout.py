@@ -12,7 +12,6 @@ from portmoe.parallel.layout import Layout, most_ranks
 def everything_built(monkeypatch):
     """The arithmetic of layouts that the trainer refuses for now."""
     monkeypatch.setattr(layout, "ALLOWED_TODAY", {})
-    monkeypatch.setattr(layout, "BUILT_MODES", ("mtp", "msp", "fsp", "isp"))
 
 
 def plan(world, *overrides, config="tiny_moe4"):
@@ -72,7 +71,7 @@ def test_experts_are_spread_as_far_as_they_divide(world, experts, size, spread, 
         (["model.vocab_size=1023"], "model.vocab_size=1023 must be a multiple of parallel.tensor.size=4"),
         (["model.multiple_of=2", "model.mlp_ratio=1.04"], "the feed-forward width (see model.multiple_of)="),
         (["parallel.tensor.mode=msp", "data.seq_len=250", "data.micro_bsz=1"], "data.seq_len=250 must be"),
-        (["parallel.tensor.mode=isp"], "parallel.tensor.mode='isp' with parallel.tensor.size=4 is not"),
+        (["parallel.tensor.mode=isp", "model.num_attention_heads=2"], "model.num_attention_heads=2 must be"),
     ],
 )
 def test_what_tensor_ranks_share_must_divide(keys, part):
@@ -105,13 +104,32 @@ def test_a_composed_layout():
     assert (planned.zero1, planned.expert, planned.global_batch_sequences) == (4, 4, 128)
 
 
-@pytest.mark.usefixtures("everything_built")
-def test_weights_are_sharded_within_data_and_tensor_ranks():
-    isp = ("parallel.tensor.mode=isp", "parallel.tensor.size=2", "data.global_batch_size=null")
-    assert plan(4, *isp, "parallel.weight.size=4").weight == 4
+ISP = ("parallel.tensor.mode=isp", "parallel.tensor.size=2", "data.global_batch_size=null")
+
+
+@pytest.mark.parametrize(
+    ("weight", "zero1", "shards"), [(1, -1, 4), (1, 2, 2), (1, 1, 1), (2, 1, 2), (4, -1, 4), (4, 1, 4)]
+)
+def test_isp_shards_among_data_and_tensor_ranks(weight, zero1, shards):
+    planned = plan(4, *ISP, f"parallel.weight.size={weight}", f"parallel.zero1.size={zero1}")
+    assert (planned.data, planned.alike, planned.weight, planned.zero1) == (2, 4, weight, shards)
+
+
+@pytest.mark.parametrize("zero1", [-1, 2])
+def test_shards_of_weights_are_not_sharded_further(zero1):
+    message = refusal(4, *ISP, "parallel.weight.size=2", f"parallel.zero1.size={zero1}")
+    assert message.startswith(f"parallel.zero1.size={zero1} asks to shard the optimizer state further than ")
+    assert message.endswith("set parallel.zero1.size to 1, or parallel.weight.size to 4")
+
+
+def test_weights_over_ranks_that_do_not_divide():
     assert "parallel.weight.size=3 must divide the group of 4 ranks" in refusal(
-        4, *isp, "parallel.weight.size=3"
+        4, *ISP, "parallel.weight.size=3"
     )
+
+
+def test_isp_cuts_neither_vocabulary_nor_width():
+    assert plan(4, *ISP, "parallel.tensor.size=4", "model.vocab_size=1023").sequence == 4
 
 
 @pytest.mark.usefixtures("everything_built")
@@ -173,7 +191,6 @@ def test_a_global_batch_over_the_limit(world, batch, fix):
 def test_a_layout_that_is_not_built_is_refused_by_name(key):
     other = {
         "trainer.engine": ["trainer.engine=deepspeed"],
-        "parallel.weight.size": ["parallel.tensor.mode=isp", "parallel.weight.size=2"],
     }.get(key, [f"{key}=2"])
     assert f"{key}={other[-1].partition('=')[2]}".replace("deepspeed", "'deepspeed'") in refusal(2, *other)
 

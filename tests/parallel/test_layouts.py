@@ -14,7 +14,8 @@ FSDP, SUBSETS, REPLICAS = "parallel.zero1.fsdp=true", "parallel.zero1.size=2", "
 RAGGED = "model.moe_type=MegaBlock-D"
 MANY = "model.num_experts=16"  # most are without a token in a micro-batch of 32
 TP2, TP4, MSP = "parallel.tensor.size=2", "parallel.tensor.size=4", "parallel.tensor.mode=msp"
-FSP = "parallel.tensor.mode=fsp"
+FSP, ISP = "parallel.tensor.mode=fsp", "parallel.tensor.mode=isp"
+WEIGHT2, WEIGHT4 = "parallel.weight.size=2", "parallel.weight.size=4"
 DENSE_TOO = ["model.first_k_dense_replace=1", "model.moe_use_residual=true", "loss.label_smoothing=0.1"]
 LAYOUTS = {
     "mtp2": (2, [TP2], []),
@@ -37,6 +38,21 @@ LAYOUTS = {
     "fsp2 ep2 ragged": (4, [TP2, FSP], [RAGGED]),
     "fsp2 pp2 interleaved": (4, [TP2, FSP, PP2, CHUNKS2], LAYERS4),
     "fsp2 recomputed": (2, [TP2, FSP, "model.checkpoint=0.5"], []),
+    "isp2": (2, [TP2, ISP], DENSE_TOO),
+    "isp4": (4, [TP4, ISP], ["moe.noisy_gate_policy=Jitter"]),
+    "isp4 capacity as needed": (4, [TP4, ISP], ["moe.top_k=1", "moe.drop_tokens=false"]),
+    "isp2 dp2 zero1 off": (4, [TP2, ISP, NO_EP, REPLICAS], ["model.moe_type=MegaBlock"]),
+    "isp2 dp2 subsets of 2": (4, [TP2, ISP, NO_EP, SUBSETS], []),
+    "isp2 ep2": (4, [TP2, ISP], DENSE_TOO),
+    "isp2 ep4 fsdp": (4, [TP2, ISP, "parallel.expert.size=4", FSDP], [MANY]),
+    "isp2 recomputed": (2, [TP2, ISP, "model.checkpoint=true"], []),
+    "isp2 pp2": (4, [TP2, ISP, PP2], MIXED),
+    "isp2 weights over 2": (2, [TP2, ISP, WEIGHT2], []),
+    "isp2 weights over 4, ep2": (4, [TP2, ISP, WEIGHT4], [RAGGED]),
+    "isp4 weights over 2": (4, [TP4, ISP, WEIGHT2, REPLICAS], DENSE_TOO),
+    "isp2 weights over 4 of dp2": (4, [TP2, ISP, WEIGHT4, NO_EP, FSDP], []),
+    "isp2 weights over 2 pp2 interleaved": (4, [TP2, ISP, WEIGHT2, PP2, CHUNKS2], LAYERS4),
+    "isp1 weights over 2": (2, [ISP, WEIGHT2, NO_EP], []),
     "dp2": (2, [NO_EP], []),
     "dp4": (4, [NO_EP], []),
     "dp4 zero1 off": (4, [NO_EP, REPLICAS], []),
@@ -72,7 +88,7 @@ LAYOUTS = {
 
 # The rest of the matrix is behind -m slow.
 FAST = {
-    *("mtp2", "mtp2 ep2 fsdp", "msp2", "msp2 pp2 interleaved", "fsp2"),
+    *("mtp2", "mtp2 ep2 fsdp", "msp2", "msp2 pp2 interleaved", "fsp2", "isp2", "isp2 weights over 4, ep2"),
     *("dp2", "dp4 zero1 off", "dp4 subsets of 2", "dp2 fsdp"),
     *("ep2", "ep4", "ep2 of dp4 fsdp", "ep4 ragged", "ep4 capacity as needed"),
     *("pp2", "pp2 interleaved", "pp2 dense and noisy layers", "pp4", "pp2 dp2", "pp2 ep2"),

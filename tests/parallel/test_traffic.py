@@ -1,7 +1,21 @@
 """What the dry run says a layout communicates, against what real ranks communicate."""
 
 import pytest
-from test_layouts import CHUNKS2, DENSE_TOO, FSP, LAYERS4, MIXED, OVERLAP, PP2, PP4, TP2
+from test_layouts import (
+    CHUNKS2,
+    DENSE_TOO,
+    FSP,
+    ISP,
+    LAYERS4,
+    MIXED,
+    NO_EP,
+    OVERLAP,
+    PP2,
+    PP4,
+    REPLICAS,
+    TP2,
+    WEIGHT2,
+)
 from worlds import MODEL, train
 
 import portmoe
@@ -30,6 +44,9 @@ LAYOUTS = {
     "ep2 of dp4 fsdp": (4, ["parallel.expert.size=2", FSDP]),
     "dp2 pp2, experts not spread": (4, [PP2, "parallel.expert.size=1", *MIXED]),
     "fsp2 ep2": (4, [TP2, FSP, *DENSE_TOO]),
+    "isp2 bfloat16": (2, [TP2, ISP, BF16, *DENSE_TOO]),
+    "isp2 dp2, weights over 2": (4, [TP2, ISP, WEIGHT2, REPLICAS, NO_EP, *MIXED]),
+    "isp2 pp2, weights over 2": (4, [TP2, ISP, WEIGHT2, PP2, *LAYERS4]),
     "pp2 dp2, 3 micro-batches": (4, [PP2, "data.global_batch_size=6"]),
 }
 
