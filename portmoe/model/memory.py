@@ -44,7 +44,8 @@ def state_bytes(
 
     The compute copies are separate from the masters also in float32 and on one rank. With parameters
     sharded (``parallel.zero1.fsdp``, ``parallel.weight.size``) the gradients are sharded too, and compute
-    copies are there of the embedding, the head, and two blocks: the one at work and the next.
+    copies are there of the embedding, the head, and two blocks: the one at work and the next. The next is
+    not there with ``parallel.weight`` and no overlap.
 
     Args:
         parameters: of the part of the model that is here, with all experts of its layers.
@@ -64,8 +65,10 @@ def state_bytes(
     whole = parameters.router + parameters.norms
     rest = (parameters.total - parameters.experts - whole) // tensor_ranks + whole
     each = expert_ranks * tensor_ranks
-    return _part_bytes(config, rest, exact, shards, ends + 2 * beside) + _part_bytes(
-        config, parameters.experts // each, 0, expert_shards, 2 * block.experts // each
+    weight = config.parallel.weight
+    blocks = 1 if weight.size > 1 and not weight.overlap else 2
+    return _part_bytes(config, rest, exact, shards, ends + blocks * beside) + _part_bytes(
+        config, parameters.experts // each, 0, expert_shards, blocks * block.experts // each
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from portmoe.accelerator.interface import BufferPool
 from portmoe.config import Config
 from portmoe.data.batch import Batch
 from portmoe.data.packing import IGNORED
@@ -53,6 +54,7 @@ class NativeEngine:
     Args:
         ops: the chosen operations.
         world: a CPU process group of all ranks.
+        pool: where buffers come from that are used again and again; None: one of the engine's own.
     """
 
     def __init__(
@@ -63,8 +65,9 @@ class NativeEngine:
         meshes: Meshes,
         device: torch.device,
         world: dist.ProcessGroup,
+        pool: BufferPool | None = None,
     ) -> None:
-        self.model = build(config, ops, meshes)
+        self.model = build(config, ops, meshes, pool=pool)
         self.model.to_empty(device=device)
         for decoder in self.model:
             initialise(decoder, config)

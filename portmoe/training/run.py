@@ -107,7 +107,8 @@ def _train_in(session: Session, interrupt: Interrupt, stack: ExitStack) -> None:
     meshes = build_meshes(layout, device.type)
     if session.profile:
         ops = marked_operations(ops)
-    engine = NativeEngine(config, layout, ops, meshes, device, world)
+    pool = session.accelerator.memory.pool
+    engine = NativeEngine(config, layout, ops, meshes, device, world, pool)
     checkpointer = Checkpointer(run.checkpoints, config.ckpt.keep, config.ckpt.async_upload, checkpoint_group)
     stack.callback(checkpointer.close)
     progress = starting_point(run, config, layout, engine, checkpointer, checkpoint_group, notes.append)

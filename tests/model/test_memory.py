@@ -132,6 +132,15 @@ def test_sharded_parameters_leave_two_blocks_whole():
     assert state.gradients == state.masters == 11_852_320_768 // 8
 
 
+@pytest.mark.parametrize(("overlap", "blocks"), [(True, 2), (False, 1)])
+def test_weights_gathered_ahead_are_one_block_more(overlap, blocks):
+    weight = {"size": 32, "overlap": overlap}
+    config = Config.model_validate({"parallel": {"tensor": {"mode": "isp"}, "weight": weight}})
+    state = state_bytes(config, count_parameters(config), shards=32)
+    assert state.weights == 2 * (2 * 103168 * 4096 + blocks * 343_973_888)
+    assert state.gradients == state.masters == 11_852_320_768 // 8
+
+
 def test_tensor_ranks_cut_all_but_routers_and_norms():
     whole = count_parameters(Config())
     state = state_bytes(Config(), whole, shards=4, tensor_ranks=8)

@@ -16,6 +16,7 @@ MANY = "model.num_experts=16"  # most are without a token in a micro-batch of 32
 TP2, TP4, MSP = "parallel.tensor.size=2", "parallel.tensor.size=4", "parallel.tensor.mode=msp"
 FSP, ISP = "parallel.tensor.mode=fsp", "parallel.tensor.mode=isp"
 WEIGHT2, WEIGHT4 = "parallel.weight.size=2", "parallel.weight.size=4"
+AHEAD, POOL = "parallel.weight.overlap=true", "parallel.weight.memory_pool=true"
 DENSE_TOO = ["model.first_k_dense_replace=1", "model.moe_use_residual=true", "loss.label_smoothing=0.1"]
 LAYOUTS = {
     "mtp2": (2, [TP2], []),
@@ -48,10 +49,12 @@ LAYOUTS = {
     "isp2 recomputed": (2, [TP2, ISP, "model.checkpoint=true"], []),
     "isp2 pp2": (4, [TP2, ISP, PP2], MIXED),
     "isp2 weights over 2": (2, [TP2, ISP, WEIGHT2], []),
-    "isp2 weights over 4, ep2": (4, [TP2, ISP, WEIGHT4], [RAGGED]),
+    "isp2 weights over 4 ahead pooled, ep2": (4, [TP2, ISP, WEIGHT4, AHEAD, POOL], [RAGGED]),
+    "isp2 weights over 2 ahead, recomputed": (2, [TP2, ISP, WEIGHT2, AHEAD, "model.checkpoint=0.5"], []),
+    "isp2 weights over 2 ahead pooled pp2": (4, [TP2, ISP, WEIGHT2, AHEAD, POOL, PP2], MIXED),
     "isp4 weights over 2": (4, [TP4, ISP, WEIGHT2, REPLICAS], DENSE_TOO),
     "isp2 weights over 4 of dp2": (4, [TP2, ISP, WEIGHT4, NO_EP, FSDP], []),
-    "isp2 weights over 2 pp2 interleaved": (4, [TP2, ISP, WEIGHT2, PP2, CHUNKS2], LAYERS4),
+    "isp2 weights over 2 ahead pp2 interleaved": (4, [TP2, ISP, WEIGHT2, AHEAD, PP2, CHUNKS2], LAYERS4),
     "isp1 weights over 2": (2, [ISP, WEIGHT2, NO_EP], []),
     "dp2": (2, [NO_EP], []),
     "dp4": (4, [NO_EP], []),
@@ -88,7 +91,15 @@ LAYOUTS = {
 
 # The rest of the matrix is behind -m slow.
 FAST = {
-    *("mtp2", "mtp2 ep2 fsdp", "msp2", "msp2 pp2 interleaved", "fsp2", "isp2", "isp2 weights over 4, ep2"),
+    *(
+        "mtp2",
+        "mtp2 ep2 fsdp",
+        "msp2",
+        "msp2 pp2 interleaved",
+        "fsp2",
+        "isp2",
+        "isp2 weights over 4 ahead pooled, ep2",
+    ),
     *("dp2", "dp4 zero1 off", "dp4 subsets of 2", "dp2 fsdp"),
     *("ep2", "ep4", "ep2 of dp4 fsdp", "ep4 ragged", "ep4 capacity as needed"),
     *("pp2", "pp2 interleaved", "pp2 dense and noisy layers", "pp4", "pp2 dp2", "pp2 ep2"),

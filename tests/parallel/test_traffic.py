@@ -2,6 +2,7 @@
 
 import pytest
 from test_layouts import (
+    AHEAD,
     CHUNKS2,
     DENSE_TOO,
     FSP,
@@ -10,6 +11,7 @@ from test_layouts import (
     MIXED,
     NO_EP,
     OVERLAP,
+    POOL,
     PP2,
     PP4,
     REPLICAS,
@@ -46,7 +48,7 @@ LAYOUTS = {
     "fsp2 ep2": (4, [TP2, FSP, *DENSE_TOO]),
     "isp2 bfloat16": (2, [TP2, ISP, BF16, *DENSE_TOO]),
     "isp2 dp2, weights over 2": (4, [TP2, ISP, WEIGHT2, REPLICAS, NO_EP, *MIXED]),
-    "isp2 pp2, weights over 2": (4, [TP2, ISP, WEIGHT2, PP2, *LAYERS4]),
+    "isp2 pp2, weights over 2": (4, [TP2, ISP, WEIGHT2, AHEAD, POOL, PP2, *LAYERS4]),
     "pp2 dp2, 3 micro-batches": (4, [PP2, "data.global_batch_size=6"]),
 }
 
