@@ -45,6 +45,7 @@ class LazyGroup(click.Group):
         "config": ("portmoe.cli.config:config", "Print a config with every key resolved, or import one."),
         "validate": ("portmoe.cli.validate:validate", "Show that a backend computes what it must."),
         "compare": ("portmoe.cli.compare:compare", "Compare two runs of one config."),
+        "bisect": ("portmoe.cli.bisect:bisect", "Name the first operation a backend computes wrong."),
         "check-env": ("portmoe.cli.check_env:check_env", "Check what this machine can train on."),
     },
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

@@ -12,6 +12,19 @@ from portmoe.model.precision import computed
 JITTER = 0.01  # half-width of the multiplicative noise of noisy_gate_policy "Jitter"
 
 
+def router_logits(
+    x_SH: torch.Tensor, weight_EH: torch.Tensor, jitter: torch.Generator | None = None
+) -> torch.Tensor:
+    """[S,H] in any dtype, weight [E,H] → logits [S,E] in float32, or float64 where x is.
+
+    ``jitter``: a CPU generator the input's noise U(0.99, 1.01) is drawn from; None: no noise.
+    """
+    x_SH = x_SH.to(torch.promote_types(x_SH.dtype, torch.float32))
+    if jitter is not None:
+        x_SH = x_SH * jitter_noise(x_SH.shape, jitter).to(x_SH.device)
+    return F.linear(x_SH, weight_EH)
+
+
 class Router(nn.Module):
     """[S,H] in any dtype → logits [S,E] in float32. The weight [E,H] stays float32.
 
@@ -24,11 +37,8 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.model.num_experts, config.model.hidden_size))
 
     def forward(self, x_SH: torch.Tensor, jitter: torch.Generator | None = None) -> torch.Tensor:
-        """``jitter``: a CPU generator the input's noise U(0.99, 1.01) is drawn from; None: no noise."""
-        x_SH = x_SH.float()
-        if jitter is not None:
-            x_SH = x_SH * jitter_noise(x_SH.shape, jitter).to(x_SH.device)
-        return F.linear(x_SH, computed(self.weight, torch.float32))
+        """``jitter``: where the input's noise is drawn from, see ``router_logits``."""
+        return router_logits(x_SH, computed(self.weight, torch.float32), jitter)
 
 
 def jitter_noise(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Calling one function on one sample and collecting all it produces, by name."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,8 +48,8 @@ def identical(a: torch.Tensor, b: torch.Tensor) -> bool:
 def copied(sample: Sample, dtype: torch.dtype | None, device: torch.device, *, apart: bool = False) -> Sample:
     """A sample of its own memory: floating-point tensors in ``dtype`` (None: their own), on ``device``.
 
-    ``apart``: the rows of differentiable tensors lie apart in memory, with NaN in between; as slices of a
-    wider tensor do, they start at multiples of 16 bytes.
+    Tensors keep their strides. ``apart``: the rows of differentiable tensors lie apart in memory, with NaN in
+    between; as slices of a wider tensor do, they start at multiples of 16 bytes.
     """
 
     def copy(leaf: Any) -> Any:
@@ -58,13 +58,25 @@ def copied(sample: Sample, dtype: torch.dtype | None, device: torch.device, *, a
         if not isinstance(leaf, torch.Tensor):
             return leaf
         wanted = dtype if dtype and leaf.is_floating_point() else leaf.dtype
-        fresh = leaf.detach().to(device, wanted, copy=True)
+        fresh = laid_alike(leaf.detach(), device, wanted)
         if apart and leaf.requires_grad:
             fresh = _spread(fresh)
         return fresh.requires_grad_(leaf.requires_grad)
 
     args, kwargs = tree_map(copy, (sample.args, sample.kwargs))
     return Sample(sample.label, args, kwargs)
+
+
+def laid_alike(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A copy with the same strides: gaps are gaps, and an expanded dimension has one place in memory."""
+    once = tensor
+    for dimension, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            once = once.narrow(dimension, 0, 1)
+    extent = 1 + sum((n - 1) * s for n, s in zip(once.shape, once.stride(), strict=True) if n)
+    memory = torch.zeros(extent, dtype=dtype, device=device)
+    fresh = memory.as_strided(once.shape, once.stride()) if once.numel() else memory.new_empty(once.shape)
+    return fresh.copy_(once.to(device)).expand(tensor.shape)
 
 
 def _spread(dense: torch.Tensor) -> torch.Tensor:
@@ -77,22 +89,33 @@ def _spread(dense: torch.Tensor) -> torch.Tensor:
 
 
 def call(
-    operation: Operation, function: Callable[..., Any], sample: Sample, seed: int, *, expanded: bool = False
+    operation: Operation,
+    function: Callable[..., Any],
+    sample: Sample,
+    seed: int = 0,
+    *,
+    expanded: bool = False,
+    upstream: Mapping[str, torch.Tensor] | None = None,
 ) -> Results:
     """Run forward and backward.
 
     The gradient handed to each output depends on ``seed`` and the output alone; ``expanded``: it is the
-    same along the last dimension, with one place in memory for all of it.
+    same along the last dimension, with one place in memory for all of it. ``upstream``: these gradients
+    by the output's name instead, and none for other outputs.
     """
-    produced = function(*sample.args, **sample.kwargs)
-    outputs = {f"output{keystr(path)}": t for path, t in _tensors(_with_numbers(produced))}
-    arguments = dict(_arguments(operation, sample))
+    outputs = named_outputs(function(*sample.args, **sample.kwargs))
+    arguments = dict(named_arguments(operation, sample))
     leaves = {name: t for name, t in arguments.items() if t.requires_grad}
     sources = {name: t for name, t in outputs.items() if t.requires_grad}
     grads = {f"gradient of {name}": torch.zeros_like(t) for name, t in leaves.items()}
+    if upstream is not None:
+        sources = {name: t for name, t in sources.items() if name in upstream}
     if sources and leaves:
-        downstream = [_downstream(t, number, seed, expanded) for number, t in enumerate(outputs.values())]
-        wanted = [d for d, t in zip(downstream, outputs.values(), strict=True) if t.requires_grad]
+        if upstream is None:
+            given = [_downstream(t, number, seed, expanded) for number, t in enumerate(outputs.values())]
+            wanted = [d for d, t in zip(given, outputs.values(), strict=True) if t.requires_grad]
+        else:
+            wanted = [laid_alike(upstream[name], t.device, t.dtype) for name, t in sources.items()]
         found = torch.autograd.grad(
             list(sources.values()), list(leaves.values()), wanted, allow_unused=True, materialize_grads=True
         )
@@ -106,23 +129,30 @@ def call(
 
 
 def _downstream(output: torch.Tensor, number: int, seed: int, expanded: bool) -> torch.Tensor:
-    """Values that every floating-point type holds exactly: multiples of 1/8 in −2 … 2."""
+    """Values that every floating-point type holds exactly: multiples of 1/8 in −2 … 2.
+
+    A few are all different: equal ones for both weights of a token would cancel and leave rounding alone.
+    """
     generator = torch.Generator().manual_seed(1000 * seed + number)
-    shape = (*output.shape[:-1], 1) if expanded and output.dim() else output.shape
-    values = torch.randint(-16, 17, shape, generator=generator).div(8)
+    shape = torch.Size((*output.shape[:-1], 1)) if expanded and output.dim() else output.shape
+    if shape.numel() <= 33:
+        values = torch.randperm(33, generator=generator)[: shape.numel()].view(shape).sub(16).div(8)
+    else:
+        values = torch.randint(-16, 17, shape, generator=generator).div(8)
     return values.to(output.device, output.dtype).expand(output.shape)
 
 
-def _with_numbers(tree: Any) -> Any:
-    """Numbers beside the tensors, as ``Routing.capacity`` is one, become tensors too."""
-    return tree_map(lambda leaf: torch.tensor(leaf) if isinstance(leaf, int) else leaf, tree)
+def named_outputs(produced: Any) -> dict[str, torch.Tensor]:
+    """What a call returned, by name; numbers beside tensors, as ``Routing.capacity`` is one, as tensors."""
+    produced = tree_map(lambda leaf: torch.tensor(leaf) if isinstance(leaf, int) else leaf, produced)
+    return {f"output{keystr(path)}": tensor for path, tensor in _tensors(produced)}
 
 
 def _tensors(tree: Any) -> list[tuple[Any, torch.Tensor]]:
     return [(path, leaf) for path, leaf in tree_flatten_with_path(tree)[0] if isinstance(leaf, torch.Tensor)]
 
 
-def _arguments(operation: Operation, sample: Sample) -> Iterator[tuple[str, torch.Tensor]]:
+def named_arguments(operation: Operation, sample: Sample) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor among the arguments, named as the contract names it."""
     bound = inspect.signature(operation.reference).bind(*sample.args, **sample.kwargs).arguments
     for name, value in bound.items():

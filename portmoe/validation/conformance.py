@@ -21,16 +21,16 @@ import torch
 from torch.utils import deterministic
 
 from portmoe.accelerator.probing import describe
-from portmoe.ops.operation import Implementation, Operation
+from portmoe.ops.operation import Implementation, Operation, Sample
 from portmoe.ops.table import REFERENCE
-from portmoe.validation.calls import Results, call, copied, identical, poison
+from portmoe.validation.calls import Results, call, copied, identical, named_arguments, poison
 from portmoe.validation.cases import DTYPES, SHAPES, Case, cases, open_questions
 from portmoe.validation.check import Check
 
 # A 16-bit result may be off by some per cent in single numbers, not on the whole: rounding averages out.
-# The allowed error of its scale, in eps of the dtype, where there are this many tokens and numbers.
+# The allowed error of its scale, in eps of the dtype, where there are this many rows and numbers.
 SCALE_ERROR = 0.5
-SCALE_TOKENS = 100
+SCALE_ROWS = 100
 SCALE_NUMBERS = 256
 
 NAMES = ("values", "second call", "rows apart", "repeated")
@@ -171,7 +171,7 @@ class _Trial:
             value, like = values[name], exact[name]
             where = f"{case.label}: {name}"
             if value.dtype != like.dtype or value.shape != like.shape:
-                tally.fail(f"{where} is {_form(value)} instead of {_form(like)}")
+                tally.fail(f"{where} is {form(value)} instead of {form(like)}")
             elif like.is_floating_point():
                 self._compare_numbers(tally, where, value, wide)
             elif not self._agree(value, like, name, sample):
@@ -184,9 +184,8 @@ class _Trial:
         tolerance = self.case.tolerance
         tally.share(tolerance.needed(value, wide), tolerance.rtol, where)
         eps = torch.finfo(self.case.dtype).eps
-        many = self.case.workload.tokens >= SCALE_TOKENS and wide.numel() >= SCALE_NUMBERS
-        if many and self.case.dtype.itemsize == 2:
-            tally.share(_scale_error(value, wide) / (SCALE_ERROR * eps), SCALE_ERROR * eps, f"{where}, scale")
+        if self.case.dtype.itemsize == 2 and has_scale(self.operation, self.case.sample, wide):
+            tally.share(scale_error(value, wide) / (SCALE_ERROR * eps), SCALE_ERROR * eps, f"{where}, scale")
 
     def _agree(self, value: torch.Tensor, like: torch.Tensor, name: str, sample: object) -> bool:
         open_T = open_questions(self.operation, sample, name)
@@ -194,7 +193,13 @@ class _Trial:
         return bool((same if open_T is None else same | open_T).all())
 
 
-def _scale_error(value: torch.Tensor, wide: torch.Tensor) -> float:
+def has_scale(operation: Operation, sample: Sample, wide: torch.Tensor) -> bool:
+    """Whether enough rows and numbers went into a result for its roundings to average out."""
+    first = next(tensor for _, tensor in named_arguments(operation, sample))
+    return first.numel() >= SCALE_ROWS * first.shape[-1] and wide.numel() >= SCALE_NUMBERS
+
+
+def scale_error(value: torch.Tensor, wide: torch.Tensor) -> float:
     """How far the best factor between value and control is from 1; 0 where the control is zero."""
     value, wide = value.double().cpu().flatten(), wide.double().flatten()
     square = torch.dot(wide, wide).item()
@@ -204,7 +209,7 @@ def _scale_error(value: torch.Tensor, wide: torch.Tensor) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def _form(tensor: torch.Tensor) -> str:
+def form(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 

@@ -1,0 +1,59 @@
+"""``portmoe bisect``."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from portmoe.accelerator.discovery import AUTO, find, prepare
+from portmoe.cli.options import config_options
+from portmoe.config_file import load_config
+from portmoe.errors import ConfigError, TrainingError
+
+
+@click.command()
+@config_options
+@click.option("--reference", default="cpu", show_default=True, help="The backend that is trusted.")
+@click.option("--backend", default=AUTO, show_default=True, help="The backend under suspicion.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**31),
+    default=None,
+    help="Of weights and data.  [default: run.seed of the config]",
+)
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), default=None, help="A JSON file for the report."
+)
+def bisect(
+    name: str, overrides: tuple[str, ...], reference: str, backend: str, seed: int | None, out: Path | None
+) -> None:
+    """Name the first operation of a training step that a backend computes wrong.
+
+    The same weights and the same micro-batch on both backends. Every operation gets the reference's inputs
+    and upstream gradients, so that it answers for its own errors only. Ends with exit code 4 if a defect is
+    found.
+    """
+    seeded = () if seed is None else (f"run.seed={seed}",)
+    config = load_config(name, [*overrides, *seeded])
+    find(reference)
+    prepare(backend)
+    from portmoe.validation import bisect_report
+    from portmoe.validation.bisect import bisect as walk
+
+    found = walk(config, reference, backend, progress=_progress)
+    if sys.stderr.isatty():
+        click.echo("\r\033[K", nl=False, err=True)
+    click.echo(bisect_report.text(found))
+    if out is not None:
+        try:
+            out.write_text(json.dumps(bisect_report.as_dict(found), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--out {str(out)!r} cannot be written: {error.strerror}") from error
+    if not found.passed:
+        sys.exit(TrainingError.exit_code)
+
+
+def _progress(what: str) -> None:
+    if sys.stderr.isatty():
+        click.echo(f"\r\033[K{what}", nl=False, err=True)
