@@ -141,17 +141,28 @@ def compare(first: Run, second: Run) -> Comparison:
     loss = distance("loss", _column(a, "loss"), _column(b, "loss"))
     moe_loss = distance("auxiliary loss", _column(a, "moe_loss"), _column(b, "moe_loss"))
     judged = [_judge(found, limits.loss, common, limits.loss_steps) for found in (loss, moe_loss)]
+    # Where both runs begin they still have the same weights.
+    begin = common[0] == first.steps[0]["step"] == second.steps[0]["step"]
+    bands = (limits.norm, limits.first_norm if begin else None)
+    layer_bands = (limits.layer_norm, limits.first_layer_norm if begin else None)
     others = [
-        (_dropped(a, b), limits.dropped),
-        *((found, limits.norm) for found in group_norms(a, b)),
-        *((found, limits.layer_norm) for found in layer_norms(a, b)),
+        (_dropped(a, b), limits.dropped, None),
+        *((found, *bands) for found in group_norms(a, b)),
+        *((found, *layer_bands) for found in layer_norms(a, b)),
     ]
-    judged += [_judge(found, band, common, limits.norm_steps) for found, band in others]
+    judged += [_judge(found, band, common, limits.norm_steps, at_first) for found, band, at_first in others]
+    if begin and limits.first_norm < limits.norm:
+        notes.append(
+            f"in the first step, where the weights are still the same, norms may deviate by "
+            f"{limits.first_norm:.0e}, those of layers by {limits.first_layer_norm:.0e}"
+        )
     return Comparison(first, second, common, loss_figures(loss), judged, limits, notes)
 
 
-def _judge(found: Distance, band: float, steps: Sequence[int], most: int) -> Judged:
-    left = found.leaves(band)
+def _judge(
+    found: Distance, band: float, steps: Sequence[int], most: int, first: float | None = None
+) -> Judged:
+    left = found.leaves(band, first)
     return Judged(found, band, None if left is None or left >= most else steps[left])
 
 

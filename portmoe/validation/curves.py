@@ -28,9 +28,10 @@ class Distance:
     def largest(self) -> float:
         return max(self.relative, default=0.0)
 
-    def leaves(self, band: float) -> int | None:
-        """Index of the first step beyond ``band``; None: it stays inside."""
-        return next((i for i, r in enumerate(self.relative) if not r <= band), None)
+    def leaves(self, band: float, first: float | None = None) -> int | None:
+        """Index of the first step beyond ``band``, or None; ``first``: the band of the first step."""
+        bands = [band if first is None else first, *[band] * len(self.relative)]
+        return next((i for i, r in enumerate(self.relative) if not r <= bands[i]), None)
 
 
 @dataclass(frozen=True)

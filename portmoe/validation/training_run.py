@@ -57,13 +57,16 @@ def compare_with(
         return
     for key, band in (("loss", limits.loss), ("moe_loss", limits.loss)):
         yield _check(distance(key, [r[key] for r in recorded], [r[key] for r in run]), band)
-    for norms, band in ((group_norms, limits.norm), (layer_norms, limits.layer_norm)):
+    for norms, band, first in (
+        (group_norms, limits.norm, limits.first_norm),
+        (layer_norms, limits.layer_norm, limits.first_layer_norm),
+    ):
         for found in norms(recorded, run):
-            yield _check(found, band)
+            yield _check(found, band, first)
 
 
-def _check(found: Distance, band: float) -> Check:
-    step = found.leaves(band)
+def _check(found: Distance, band: float, first: float | None = None) -> Check:
+    step = found.leaves(band, first)
     detail = (
         ""
         if step is None

@@ -52,9 +52,9 @@ def compare_steps(first: Step, second: Step, limits: Thresholds) -> Whole:
     """``second`` beside ``first``, which has the same weights and the same batch.
 
     Tensors are compared as wholes, by ``distance``: those of the forward pass by the band of the losses,
-    gradients by that of the gradient norms.
+    gradients by that of the first step's norms by layer.
     """
-    forward, backward = limits.loss, limits.norm
+    forward, backward = limits.loss, limits.first_layer_norm
     loss = _relative(first.loss, second.loss)
     aux_loss = _relative(first.aux_loss, second.aux_loss)
     gradients = dict(_gradients(first.model, second.model))

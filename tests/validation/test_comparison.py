@@ -89,6 +89,20 @@ def test_one_layers_gradient_is_seen_where_loss_and_group_norms_look_fine(run_of
     assert "step 7" in comparison_report.verdict(found)
 
 
+@pytest.mark.parametrize(("begin", "passed"), [(0, False), (1, True)])
+def test_the_first_step_of_both_runs_is_judged_more_strictly(run_of, begin, passed):
+    def changed(step):
+        made = record(step)
+        made["grad_norm_layers"]["0_default"][1] *= 1 + 1e-4
+        return made
+
+    a = run_of("a", map(record, range(begin + 5)))
+    b = run_of("b", map(changed, range(begin, begin + 5)))
+    found = compare(read_run(a), read_run(b))
+    assert found.passed is passed
+    assert found.left_at == (None if passed else 0)
+
+
 def test_values_near_zero_count_against_their_group(run_of):
     def tiny(value):
         def make(step):

@@ -1,0 +1,86 @@
+"""One fused function wrong by 1 %, in its gradient only: conformance fails it, and bisect names exactly it.
+
+The optimizer's function has no gradient: its result is wrong instead.
+"""
+
+import pytest
+import torch
+from torch_npu import faults
+
+from portmoe import load_config
+from portmoe.backends.npu.ops import FUSED
+from portmoe.ops import OPERATIONS
+from portmoe.validation.bisect import bisect
+from portmoe.validation.conformance import check_operation
+
+NPU = torch.device("npu", 0)
+SMALL = (
+    "data.seq_len=64",
+    "data.num_samples=400",
+    "model.hidden_size=32",
+    "model.multiple_of=32",
+    "model.vocab_size=256",
+)
+# Two models that between them take every fused function: see test_training.py.
+STATIC = ("model.moe_use_residual=true",)
+RAGGED = ("model.moe_type=MegaBlock-D", "data.fixed_random_dataset_seqlen=false")
+ON_RAGGED = {"attention", "dispatch", "combine", "expert_ffn_ragged"}
+
+every_function = pytest.mark.parametrize("implementation", FUSED, ids=lambda i: f"{i.op}.{i.name}")
+dtypes = pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)
+
+
+def planted(implementation):
+    kind = "wrong" if implementation.op == "adamw" else "gradient"
+    return faults.planted(f"{kind}:{implementation.name}:1.01")
+
+
+def failed(implementation, dtype):
+    if implementation.op in ("dispatch", "combine"):  # taken where nothing is dropped
+        shapes = ["few tokens, many experts"]
+    else:
+        shapes = ["odd"] if dtype == torch.float32 else ["larger"]
+    checks = check_operation(OPERATIONS[implementation.op], [implementation], NPU, 0, [dtype], shapes)
+    return {check.subject for check in checks if check.status == "fail"}
+
+
+@every_function
+def test_conformance_fails_it_and_nothing_else(implementation):
+    assert not failed(implementation, torch.float32)
+    with planted(implementation):
+        assert failed(implementation, torch.float32) == {f"{implementation.op}.{implementation.name}"}
+
+
+def walk(model, dtype=torch.float32):
+    config = load_config("tiny_moe4", [*SMALL, *model, f"model.dtype={str(dtype).removeprefix('torch.')}"])
+    return bisect(config, "cpu", "npu", lambda what: None)
+
+
+@dtypes
+@every_function
+def test_bisect_names_exactly_it(implementation, dtype):
+    with planted(implementation):
+        found = walk(RAGGED if implementation.op in ON_RAGGED else STATIC, dtype)
+    defects = list(found.defects())
+    phase = "update" if implementation.op == "adamw" else "backward"
+    assert {(d.judged.operation, d.judged.implementation, d.phase) for d in defects} == {
+        (implementation.op, implementation.name, phase)
+    }
+    assert found.whole.loss < 1e-6  # the loss looks fine
+
+
+@dtypes
+@pytest.mark.parametrize("model", [STATIC, RAGGED], ids=["static", "ragged"])
+def test_bisect_reports_no_right_function(model, dtype):
+    found = walk(model, dtype)
+    assert found.passed
+    assert "simulated" in found.device.lower()
+
+
+def test_a_wrong_product_of_torchs_own_is_named_too():
+    with faults.planted("wrong:aten::addmm:1.01"):  # linear maps with a bias
+        found = walk(STATIC)
+    assert {d.judged.operation for d in found.defects()} == {"linear"}
+    assert next(found.defects()).judged.place == "layers.0.attention.qkv"
