@@ -1,0 +1,124 @@
+"""What the guides claim: commands parse, config keys exist, implementations are offered, figures hold."""
+
+import re
+import shlex
+
+import click
+import pytest
+from guides import FOLDER, LANGUAGES, ROOT, blocks, commands, pages
+
+import portmoe
+from portmoe.accelerator.discovery import load
+from portmoe.cli.main import cli
+from portmoe.config import Config
+from portmoe.config_file import load_config, parse_config
+from portmoe.config_messages import sections
+from portmoe.ops import OPERATIONS
+
+IDS = [path.relative_to(FOLDER).as_posix() for path in pages()]
+COMMANDS = sorted({command for page in pages() for command in commands(page)})
+OURS = [command for command in COMMANDS if re.search(r"(^|\s)portmoe(\s|$)", command)]
+SECTIONS = dict(sections())
+KEY = re.compile(rf"`((?:{'|'.join(name for name in SECTIONS if name)})\.(?!json)\w+)(?:[:=][^`]*)?`")
+IMPLEMENTATION = re.compile(rf"\b((?:{'|'.join(OPERATIONS)})\.\w+)\b")
+ROW = re.compile(r"^\| [^|]*GB[^|]* \| (\d+) \| ([^|]*) \| ([\d.]+ GiB) \|$", re.MULTILINE)
+
+
+def inline_code(page):
+    return re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def parsed(arguments, command=cli, name="portmoe"):
+    """Parse as click does, without running anything; the innermost command's context."""
+    context = command.make_context(name, list(arguments))
+    rest = [*context.protected_args, *context.args] if isinstance(command, click.Group) else []
+    if not rest:
+        return context
+    inner = command.get_command(context, rest[0])
+    assert inner is not None, f"no command {rest[0]!r}"
+    return parsed(rest[1:], inner, rest[0])
+
+
+def test_there_is_something_to_check():
+    assert len(OURS) > 10
+    assert len(pages()) == 11
+
+
+@pytest.mark.parametrize("command", OURS)
+def test_command_lines_parse(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)
+    arguments = words[words.index("portmoe") + 1 :]
+    for word in arguments:
+        if word.startswith("runs/"):
+            (tmp_path / word).mkdir(parents=True, exist_ok=True)  # what an earlier command made
+    context = parsed(arguments)
+    if "overrides" in context.params:
+        load_config(context.params["name"], context.params["overrides"])
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "benchmarks/" in command])
+def test_scripts_exist(command):
+    script = next(word for word in shlex.split(command) if word.startswith("benchmarks/"))
+    assert (ROOT / script).is_file()
+
+
+@pytest.mark.parametrize("page", pages(), ids=IDS)
+def test_config_keys_exist(page):
+    named = {match[1] for match in KEY.finditer(inline_code(page))}
+    for key in named:
+        section, _, name = key.rpartition(".")
+        assert key in SECTIONS or name in SECTIONS[section].model_fields, key
+    for block in blocks(page):
+        if block.language == "yaml":
+            assert isinstance(parse_config(block.text, page.name), Config)
+
+
+def test_the_key_pattern_sees_keys():
+    assert KEY.findall("`run.seed` `model.moe_type: X` `parallel.zero1.fsdp=true` `ops.json`") == [
+        "run.seed",
+        "model.moe_type",
+        "parallel.zero1.fsdp",
+    ]
+
+
+@pytest.mark.parametrize("backend", ["npu", "xpu", "cuda"])
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_implementations_are_offered(backend, language):
+    """No list here of what a page must name: a page may leave out what every backend has."""
+    text = (FOLDER / language / f"{backend}.md").read_text("utf-8")
+    offered = {f"{i.op}.{i.name}" for i in load(backend).ops.implementations()}
+    named = set(IMPLEMENTATION.findall(text))
+    assert named
+    assert named <= offered
+    fused = {name for name in offered if name.rpartition(".")[2].startswith(("npu", "triton"))}
+    gating = {name for name in fused if name.startswith("topk_gating.npu")}  # a gap, described in words
+    assert fused - gating <= named
+
+
+def test_both_languages_have_the_same_commands():
+    for page in sorted((FOLDER / "en").iterdir()):
+        other = FOLDER / "zh" / page.name
+        assert blocks(page) == blocks(other)
+
+
+def rows(language):
+    for ranks, settings, together in ROW.findall((FOLDER / language / "README.md").read_text("utf-8")):
+        yield int(ranks), re.findall(r"`([^`]+)`", settings), together
+
+
+def test_the_tables_of_layouts_are_the_same():
+    assert len(list(rows("en"))) == 11
+    assert list(rows("en")) == list(rows("zh"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_figures_are_those_of_the_dry_run(monkeypatch):
+    from portmoe.training import dry_run
+
+    monkeypatch.setattr(dry_run, "_communication", lambda config, layout: iter(()))  # not in the tables
+    for ranks, settings, together in rows("en"):
+        config = portmoe.load_config("7b_moe4", ["data.global_batch_size=512", *settings])
+        text = dry_run.dry_run(config, "7b_moe4", "cpu", ranks)
+        assert f"together {together}," in text, (ranks, settings)
