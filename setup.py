@@ -31,5 +31,9 @@ def packages() -> dict[str, str]:
 setup(
     packages=list(packages()),
     package_dir=packages(),
-    package_data={"portmoe.configs": ["*.yaml"], "portmoe.validation": ["*.json", "*.yaml"]},
+    package_data={
+        "portmoe.backends.cpu": ["*.c"],
+        "portmoe.configs": ["*.yaml"],
+        "portmoe.validation": ["*.json", "*.yaml"],
+    },
 )

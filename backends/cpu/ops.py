@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from portmoe.accelerator import Operations
+from portmoe.backends.cpu import compiled_expert_ffn
 from portmoe.ops import bag_dispatch, buffered_expert_ffn, torch_native
 from portmoe.ops.operation import Implementation
 
@@ -11,4 +12,4 @@ class CpuOperations(Operations):
     """What is written for CPUs, then torch's own fast paths."""
 
     def implementations(self) -> Sequence[Implementation]:
-        return [*bag_dispatch.ALL, *buffered_expert_ffn.ALL, *torch_native.ALL]
+        return [*bag_dispatch.ALL, *compiled_expert_ffn.ALL, *buffered_expert_ffn.ALL, *torch_native.ALL]

@@ -3,22 +3,23 @@
 import pytest
 import torch
 
+from portmoe.backends.cpu import compiled_expert_ffn, native
 from portmoe.ops import Workload, buffered_expert_ffn, expert_ffn, expert_ffn_ragged, torch_native
 from portmoe.ops.products import native_products
 
 FOR_CPUS = {(i.op, i.name): i.function for i in buffered_expert_ffn.ALL}
+if not isinstance(native.kernels(), str):
+    FOR_CPUS |= {(i.op, i.name): i.function for i in compiled_expert_ffn.ALL}
 STATIC = {
     "reference": expert_ffn,
     "loop": torch_native.EXPERT_FFN_LOOP.function,
-    "buffered": FOR_CPUS["expert_ffn", "buffered"],
-    "through_float32": FOR_CPUS["expert_ffn", "through_float32"],
+    **{name: function for (op, name), function in FOR_CPUS.items() if op == "expert_ffn"},
 }
 RAGGED = {
     "reference": expert_ffn_ragged,
     "loop": torch_native.EXPERT_FFN_RAGGED_LOOP.function,
     "grouped_mm": torch_native.EXPERT_FFN_GROUPED_MM.function,
-    "buffered": FOR_CPUS["expert_ffn_ragged", "buffered"],
-    "through_float32": FOR_CPUS["expert_ffn_ragged", "through_float32"],
+    **{name: function for (op, name), function in FOR_CPUS.items() if op == "expert_ffn_ragged"},
 }
 
 
@@ -121,7 +122,7 @@ def test_in_16_bit_types_every_product_is_over_a_multiple_of_the_granule():
         counts.update(n for a_MK, _ in pairs for n in a_MK.shape)
         native_products(out_MN, *pairs)
 
-    ragged = buffered_expert_ffn._ragged(recording, 32)
+    ragged = buffered_expert_ffn.ragged(recording, 32)
     for lengths, dtype in (([1, 33, 0, 64], torch.bfloat16), ([5, 31, 2, 32], torch.float16)):
         x_RH = torch.ones(sum(lengths), 16, dtype=dtype, requires_grad=True)
         ragged(x_RH, torch.tensor(lengths).cumsum(0), *weights(4, dtype)).sum().backward()

@@ -1,0 +1,125 @@
+"""The compiled kernels between the experts' products against float64, and what happens without a compiler."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from portmoe.backends.cpu import compiled_expert_ffn, native
+from portmoe.ops import Workload
+
+WORKLOAD = Workload(
+    device=torch.device("cpu"),
+    dtype=torch.float32,
+    tokens=8,
+    seq_len=8,
+    hidden=8,
+    heads=2,
+    head_dim=4,
+    ffn_width=8,
+    vocab=16,
+    experts=4,
+    top_k=2,
+    capacity=4,
+    equal_segments=True,
+)
+needs_compiler = pytest.mark.skipif(isinstance(native.kernels(), str), reason=str(native.kernels()))
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh_kernels(monkeypatch, tmp_path):
+    """``native`` as a new process finds it, with a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.kernels.cache_clear()
+    yield tmp_path
+    native.kernels.cache_clear()
+
+
+def drawn(rows, width, dtype, seed):
+    """Mostly ordinary numbers, and some at which exp over- or underflows."""
+    t_PF = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)).mul_(3)
+    t_PF.view(-1)[:: max(1, t_PF.numel() // 7)] = torch.tensor(150.0 if seed % 2 else -150.0)
+    return t_PF.to(dtype)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (32, 32), (64, 96), (33, 31), (70, 130), (128, 8)])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
+def test_kernels_against_float64(rows, width, dtype, rtol):
+    gate, up, grad = (drawn(rows, width, dtype, seed) for seed in (1, 2, 3))
+    wide = [t.double().requires_grad_() for t in (gate, up)]
+    expected = wide[0] / (1 + torch.exp(-wide[0])) * wide[1]
+    grad_gate, grad_up = torch.autograd.grad(expected, wide, grad.double())
+    kernels = compiled_expert_ffn.Kernels()
+    hidden, again, up_gradient = (torch.full_like(gate, torch.nan) for _ in range(3))
+
+    kernels.forward(gate, up, hidden)
+    transposed = kernels.backward(gate, up, again, grad, up_gradient)
+
+    for ours, theirs in (
+        (hidden, expected),
+        (again, expected),
+        (grad, grad_gate),
+        (up_gradient, grad_up),
+        (transposed[0].t(), grad_gate),
+        (transposed[1].t(), grad_up),
+        (kernels.transpose(gate).t(), gate.double()),
+    ):
+        # s·(1 + g·(1 − s)) cancels near its zero: judged by the scale of its factors
+        torch.testing.assert_close(ours.double(), theirs, rtol=rtol, atol=rtol * 10)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_and_inf_are_not_swallowed(dtype):
+    gate, up = (torch.ones(40, 40, dtype=dtype) for _ in range(2))
+    gate[0, 0], gate[1, 1], up[2, 2] = torch.nan, torch.inf, torch.nan
+    hidden, grad, grad_up = (torch.ones_like(gate) for _ in range(3))
+    compiled_expert_ffn.Kernels().forward(gate, up, hidden)
+    assert hidden[0, 0].isnan()
+    assert hidden[1, 1] == torch.inf
+    assert hidden[2, 2].isnan()
+    assert hidden.isnan().sum() == 2
+    compiled_expert_ffn.Kernels().backward(gate, up, hidden, grad, grad_up)
+    assert grad[0, 0].isnan()
+    assert grad[2, 2].isnan()
+    assert grad_up[0, 0].isnan()
+
+
+@needs_compiler
+def test_the_library_is_compiled_once(fresh_kernels):
+    assert not isinstance(native.kernels(), str)
+    (library,) = (fresh_kernels / "portmoe").iterdir()
+    made = library.stat().st_mtime_ns
+    native.kernels.cache_clear()
+    assert not isinstance(native.kernels(), str)
+    assert [file.stat().st_mtime_ns for file in (fresh_kernels / "portmoe").iterdir()] == [made]
+
+
+@pytest.mark.usefixtures("fresh_kernels")
+def test_without_a_compiler_the_reason_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", str(tmp_path / "no-compiler"))
+    assert all("no C compiler" in i.supports(WORKLOAD) for i in compiled_expert_ffn.ALL)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("fresh_kernels")
+def test_what_does_not_compile_is_told_with_the_compilers_words(monkeypatch, tmp_path):
+    broken = tmp_path / "swiglu.c"
+    broken.write_text("#error no such luck")
+    monkeypatch.setattr(native, "SOURCE", broken)
+    assert all("no such luck" in i.supports(WORKLOAD) for i in compiled_expert_ffn.ALL)
+
+
+def test_other_types_are_left_to_others():
+    reasons = [i.supports(replace(WORKLOAD, dtype=torch.float16)) for i in compiled_expert_ffn.ALL]
+    assert all("torch.float16" in reason for reason in reasons)
