@@ -55,6 +55,8 @@ LAYOUTS = {
     "isp4 weights over 2": (4, [TP4, ISP, WEIGHT2, REPLICAS], DENSE_TOO),
     "isp2 weights over 4 of dp2": (4, [TP2, ISP, WEIGHT4, NO_EP, FSDP], []),
     "isp2 weights over 2 ahead pp2 interleaved": (4, [TP2, ISP, WEIGHT2, AHEAD, PP2, CHUNKS2], LAYERS4),
+    "isp2 dp2 pp2 ep2, weights over 4": (8, [TP2, ISP, WEIGHT4, AHEAD, POOL, PP2], [*LAYERS4, MANY]),
+    "fsp2 dp2 pp2 ep2 interleaved zero1 off": (8, [TP2, FSP, PP2, CHUNKS2, REPLICAS], [*LAYERS4, MANY]),
     "isp1 weights over 2": (2, [ISP, WEIGHT2, NO_EP], []),
     "dp2": (2, [NO_EP], []),
     "dp4": (4, [NO_EP], []),
