@@ -48,6 +48,8 @@ def import_(source: str, output: str | None, force: bool) -> None:
         click.echo(f"written: {output}", err=True)
     for item in imported.left_out:
         click.echo(f"not carried over: {item}", err=True)
+    if imported.model_may_differ:
+        click.echo("warning: keys of the model were left out: this may be another model", err=True)
     if imported.defaults:
         click.echo(
             f"note: not in the file, so portmoe's defaults hold: {', '.join(imported.defaults)}", err=True

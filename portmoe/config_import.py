@@ -70,7 +70,13 @@ class Imported:
 
     @property
     def config(self) -> Config:
+        """The typed whole, read from what ``yaml`` writes."""
         return parse_config(self.yaml(), self.source)
+
+    @property
+    def model_may_differ(self) -> bool:
+        """Whether a key of the model itself was left out."""
+        return any(item.key.startswith(("model.", "moe.")) for item in self.left_out)
 
     def yaml(self) -> str:
         """A config file, with what is not in it as comments on top."""
@@ -112,8 +118,8 @@ def import_config(path: str | os.PathLike[str]) -> Imported:
 
 def _not_read(source: str, unread: Sequence[Unreadable]) -> str:
     lines = dict.fromkeys(f"line {u.line}: {shorten(u.source)}: {u.why}" for u in unread)
-    listed = "\n  ".join(lines)
-    return f"{source}: not read, because nothing in it is executed; {ALLOWED}\n  {listed}"
+    listed = "".join(f"\n  {line}" for line in lines)
+    return f"{source}: cannot be read without executing it, which is not done:{listed}\n  {ALLOWED}"
 
 
 def _sorted_out(names: Lines) -> tuple[list[_Leaf], list[LeftOut]]:

@@ -246,6 +246,7 @@ class _Reader:
         return _CannotRead(self._unreadable(node, why))
 
     def _unreadable(self, node: ast.stmt | ast.expr, why: str) -> Unreadable:
-        # ast.unparse would recurse as deep as the file likes
-        line = self.text_lines[node.lineno - 1].strip() if node.lineno <= len(self.text_lines) else ""
-        return Unreadable(node.lineno, line.rstrip(","), why)
+        # The text itself: ast.unparse would recurse as deep as the file likes.
+        line = self.text_lines[node.lineno - 1].encode()  # columns count bytes
+        end = node.end_col_offset if node.end_lineno == node.lineno else len(line)
+        return Unreadable(node.lineno, line[node.col_offset : end].decode().strip(), why)

@@ -257,6 +257,12 @@ def test_no_key_can_break_the_yaml(source):
     assert imported.config.model.num_layers == 3
 
 
+def test_the_expression_itself_is_shown(source, capsys):
+    path = source(MINIMAL + "data = dict(名=1, train_folder='é' + str(5),  # a folder\n  seq_len=8)")
+    assert command.run(["config", "import", str(path)]) == 2
+    assert "line 2: 'str(5)': this is computed" in capsys.readouterr().err
+
+
 def test_output_files(source, tmp_path, capsys):
     path, output = source(MINIMAL + "model = dict(num_layers=7)"), tmp_path / "ours.yaml"
     run = ["config", "import", str(path), "--output", str(output)]
@@ -280,6 +286,7 @@ def test_without_output_the_result_is_printed_and_the_rest_goes_to_stderr(source
     captured = capsys.readouterr()
     assert yaml.safe_load(captured.out)["model"] == {"num_layers": 7}
     assert "not carried over: line 2: model.extra = 1" in captured.err
+    assert "may be another model" in captured.err
     assert "model.hidden_size = 4096" in captured.err  # a default that holds
 
 
