@@ -24,6 +24,7 @@ def expert_capacity(config: Config, tokens: int) -> int:
 
 def expert_rows(config: Config, tokens: int) -> int:
     """Rows of the buffer all experts see together."""
-    if config.model.moe_type == "MegaBlock-D":
-        return config.moe.top_k * tokens
+    tensor = config.parallel.tensor
+    if config.model.moe_type == "MegaBlock-D" or (tensor.mode == "isp" and tensor.size > 1):
+        return config.moe.top_k * tokens  # ragged: one for each choice
     return config.model.num_experts * expert_capacity(config, tokens)

@@ -101,7 +101,7 @@ def _all_logits(
     if jitter is not None:
         noise_TH = jitter_noise(tokens.whole_shape(x_tH), jitter)
         x_tH = x_tH.float() * tokens.own(noise_TH).to(x_tH.device)
-    return tokens.gather(route(x_tH))
+    return tokens.gather(route(x_tH)).clone()  # no view: a sharding engine hooks what a module returns
 
 
 def _apply_experts(tokens: _Tokens, layer: MoELayer, x_tH: torch.Tensor, routing: Routing) -> torch.Tensor:

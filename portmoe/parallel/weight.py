@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 
 from portmoe.accelerator.interface import BufferPool
 from portmoe.config import WeightConfig
@@ -44,7 +44,7 @@ def _sharded(module: nn.Module) -> list[FSDPModule]:
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 
-class _Gather(AllGather):
+class _Gather(DefaultAllGather):
     """The all-gather of a parameter group.
 
     Args:
@@ -58,7 +58,7 @@ class _Gather(AllGather):
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         if self._pool is None:
-            return torch.empty(*size, dtype=dtype, device=device)
+            return super().allocate(size, dtype=dtype, device=device)
         buffer = self._pool.take(math.prod(size), dtype, device)
         # The engine drops the result when the parameters are copied out of it, and tells no one: so it gets
         # a view, whose end means that.
@@ -73,5 +73,4 @@ class _Gather(AllGather):
         group: dist.ProcessGroup,
         async_op: bool = False,
     ) -> dist.Work | None:
-        background = async_op or self._background
-        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=background)
+        return super().__call__(output_tensor, input_tensor, group, async_op or self._background)

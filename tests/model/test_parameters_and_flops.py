@@ -124,3 +124,9 @@ def test_capacity_of_a_hundred_tokens(model, moe, capacity, rows):
     config = make_config(model, moe=moe)
     assert expert_capacity(config, 100) == capacity
     assert expert_rows(config, 100) == rows
+
+
+def test_ranks_that_split_a_sequence_have_a_row_for_every_choice():
+    isp = {"tensor": {"mode": "isp", "size": 4}}
+    config = Config.model_validate({"moe": {"capacity_factor": 1.5, "top_k": 2}, "parallel": isp})
+    assert expert_rows(config, 100) == 200
