@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from measuring import DTYPES, Bench, open_bench, options, ratio, report
 from torch import nn
 
-from portmoe.config import Config, ModelConfig, MoeConfig
+from portmoe.config import Config, DataConfig, ModelConfig, MoeConfig
 from portmoe.model import MoELayer
-from portmoe.model.capacity import expert_capacity
-from portmoe.ops import OPERATIONS, Implementation, OpTable, Workload, choose
+from portmoe.ops import OPERATIONS, Implementation, OpTable, choose
 from portmoe.ops.table import REFERENCE
+from portmoe.parallel.layout import Layout
+from portmoe.parallel.workload import workload_of
 
 Call = Callable[[torch.Tensor, torch.Tensor], Any]  # forward and backward for (x_TH, grad_TH)
 
@@ -33,36 +34,20 @@ def shape(text: str) -> tuple[int, int, int, int]:
     return tokens, hidden, experts, choices
 
 
-def config_of(sizes: tuple[int, int, int, int], moe_type: str) -> Config:
-    _, hidden, experts, choices = sizes
+def config_of(sizes: tuple[int, int, int, int], moe_type: str, dtype: torch.dtype) -> Config:
+    """One layer on one micro-batch of these sizes."""
+    tokens, hidden, experts, choices = sizes
     return Config(
+        data=DataConfig(seq_len=tokens, micro_bsz=1),
         model=ModelConfig(
             hidden_size=hidden,
             num_attention_heads=hidden // 64 or 1,
             num_layers=1,
             num_experts=experts,
             moe_type=moe_type,
+            dtype=str(dtype),
         ),
         moe=MoeConfig(top_k=choices, use_fused_gating=True),
-    )
-
-
-def workload_of(config: Config, tokens: int, device: torch.device, dtype: torch.dtype) -> Workload:
-    model = config.model
-    return Workload(
-        device=device,
-        dtype=dtype,
-        tokens=tokens,
-        seq_len=tokens,
-        hidden=model.hidden_size,
-        heads=model.num_attention_heads,
-        head_dim=model.head_dim,
-        ffn_width=model.ffn_width,
-        vocab=model.vocab_size,
-        experts=model.num_experts,
-        top_k=config.moe.top_k,
-        capacity=expert_capacity(config, tokens),
-        equal_segments=True,
     )
 
 
@@ -105,8 +90,8 @@ def our_layers(sizes: tuple[int, int, int, int], bench: Bench, dtype: torch.dtyp
         ("static", "GShard", "expert_ffn"),
         ("ragged", "MegaBlock-D", "expert_ffn_ragged"),
     ):
-        config = config_of(sizes, moe_type)
-        workload = workload_of(config, sizes[0], bench.device, dtype)
+        config = config_of(sizes, moe_type, dtype)
+        workload = workload_of(config, Layout.plan(config, 1), bench.device)
         offered = list(bench.accelerator.ops.implementations())
         table = choose(OPERATIONS, offered, workload, config)
         chosen = next(c.chosen for c in table.choices if c.op == op)
@@ -147,7 +132,7 @@ def transformers_layers(
         from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
     except ImportError:
         return {}
-    config = config_of(sizes, "GShard")
+    config = config_of(sizes, "GShard", dtype)
     calls = {}
     for kind in ("eager", "grouped_mm"):
         theirs = MixtralConfig(
@@ -182,7 +167,7 @@ def deepspeed_layer(sizes: tuple[int, int, int, int], bench: Bench, dtype: torch
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         deepspeed.init_distributed(dist_init_required=False)
-    config = config_of(sizes, "GShard")
+    config = config_of(sizes, "GShard", dtype)
     hidden, width = config.model.hidden_size, config.model.ffn_width
 
     class Expert(nn.Module):
@@ -218,7 +203,7 @@ def deepspeed_layer(sizes: tuple[int, int, int, int], bench: Bench, dtype: torch
 def measure(arguments: argparse.Namespace, bench: Bench, sizes: tuple[int, int, int, int]) -> list[dict]:
     """One row per case of one shape."""
     dtype = DTYPES[arguments.dtype]
-    config = config_of(sizes, "GShard")
+    config = config_of(sizes, "GShard", dtype)
     calls = our_layers(sizes, bench, dtype)
     if not arguments.only_ours:
         calls |= transformers_layers(sizes, bench, dtype) | deepspeed_layer(sizes, bench, dtype)

@@ -18,7 +18,7 @@ from portmoe.ops.measure import seconds_per_call
 from portmoe.ops.operation import Sample
 from portmoe.ops.table import REFERENCE
 from portmoe.parallel.layout import Layout
-from portmoe.training.workload import workload_of
+from portmoe.parallel.workload import workload_of
 
 
 def product_flops(operation: str, sample: Sample, workload: Workload) -> int:

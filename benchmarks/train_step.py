@@ -19,8 +19,8 @@ from portmoe.data.batch import Batch
 from portmoe.ops import OPERATIONS, Segments, choose
 from portmoe.parallel.layout import Layout
 from portmoe.parallel.mesh import build_meshes
+from portmoe.parallel.workload import workload_of
 from portmoe.training.engine import NativeEngine
-from portmoe.training.workload import workload_of
 
 Step = Callable[[torch.Tensor], None]  # one step on tokens [sequences, length]
 

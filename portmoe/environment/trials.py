@@ -11,10 +11,18 @@ import torch.nn.functional as F
 
 from portmoe.accelerator.interface import PEAK_VARIABLE, Accelerator
 from portmoe.accelerator.preflight import Preflight
-from portmoe.config import Config
+from portmoe.config import Config, DataConfig, ModelConfig
 from portmoe.environment.finding import Finding, Level
-from portmoe.ops import OPERATIONS, Workload, choose
+from portmoe.ops import OPERATIONS, choose
 from portmoe.ops.table import Choice
+from portmoe.parallel.layout import Layout
+from portmoe.parallel.workload import workload_of
+
+# A model small enough to choose for at once; everything else as by default.
+SMALL = Config(
+    data=DataConfig(seq_len=32, micro_bsz=2),
+    model=ModelConfig(hidden_size=64, num_attention_heads=4, multiple_of=128, vocab_size=256),
+)
 
 # Allowed relative error of a forward and backward against float64: some roundings of each dtype.
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -148,23 +156,9 @@ COLLECTIVES: dict[str, Trial] = {
 
 def operations(accelerator: Accelerator, device: torch.device) -> tuple[dict[str, Any], list[Finding]]:
     """Choose implementations for a small workload and the config's defaults: the record, and findings."""
-    workload = Workload(
-        device=device,
-        dtype=torch.bfloat16,
-        tokens=64,
-        seq_len=32,
-        hidden=64,
-        heads=4,
-        head_dim=16,
-        ffn_width=128,
-        vocab=256,
-        experts=4,
-        top_k=2,
-        capacity=32,
-        equal_segments=True,
-    )
+    workload = workload_of(SMALL, Layout.plan(SMALL, 1), device)
     unmet: list[str] = []
-    table = choose(OPERATIONS, accelerator.ops.implementations(), workload, Config(), unmet.append)
+    table = choose(OPERATIONS, accelerator.ops.implementations(), workload, SMALL, unmet.append)
     findings = [Finding("OK", choice.op, _describe(choice)) for choice in table.choices]
     findings += [Finding("WARN", "operations", line, SAME_FUNCTION) for line in unmet]
     return table.record(), findings

@@ -14,8 +14,8 @@ from portmoe.model.parameters import count_parameters
 from portmoe.ops import OPERATIONS, choose
 from portmoe.parallel.layout import Layout, most_ranks
 from portmoe.parallel.stages import describe, in_flight, stages_of
+from portmoe.parallel.workload import workload_of
 from portmoe.training.memory_check import state_of_rank
-from portmoe.training.workload import workload_of
 
 
 def dry_run(config: Config, config_name: str, backend: str, world_size: int) -> str:

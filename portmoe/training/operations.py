@@ -10,7 +10,7 @@ from portmoe.config import Config
 from portmoe.ops import OPERATIONS, OpTable, choose
 from portmoe.ops.timings import Timings, cache_file
 from portmoe.parallel.layout import Layout
-from portmoe.training.workload import workload_of
+from portmoe.parallel.workload import workload_of
 
 
 def choose_operations(

@@ -23,6 +23,7 @@ from portmoe.ops import OpTable
 from portmoe.parallel.layout import Layout
 from portmoe.parallel.mesh import build_meshes
 from portmoe.parallel.stages import describe
+from portmoe.parallel.workload import workload_of
 from portmoe.training import launch, provenance
 from portmoe.training.checkpoint import Checkpointer
 from portmoe.training.engine import NativeEngine
@@ -39,7 +40,6 @@ from portmoe.training.spans import mark_modules, marked_operations
 from portmoe.training.starting_point import starting_point
 from portmoe.training.throughput import Throughput
 from portmoe.training.trainer import Progress, Trainer
-from portmoe.training.workload import workload_of
 from portmoe.training.writers import Writers
 
 

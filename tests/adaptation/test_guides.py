@@ -108,7 +108,7 @@ def rows(language):
 
 
 def test_the_tables_of_layouts_are_the_same():
-    assert len(list(rows("en"))) == 11
+    assert len(list(rows("en"))) == 12
     assert list(rows("en")) == list(rows("zh"))
 
 

@@ -74,7 +74,7 @@ def test_the_bare_products_are_the_layers_products(monkeypatch):
 
     monkeypatch.syspath_prepend(str(FOLDER))
     moe_layer = importlib.import_module("moe_layer")
-    config = moe_layer.config_of((32, 64, 4, 2), "GShard")
+    config = moe_layer.config_of((32, 64, 4, 2), "GShard", torch.float32)
     products = moe_layer.bare_products(config, 32, torch.device("cpu"), torch.float32)
     with FlopCounterMode(display=False) as counter:
         products()

@@ -7,11 +7,12 @@ from portmoe.accelerator import get_accelerator
 from portmoe.config import Config
 from portmoe.data.batch import Batch
 from portmoe.model import Decoder, Router
-from portmoe.model.capacity import expert_capacity
 from portmoe.model.memory import activation_bytes, state_bytes
 from portmoe.model.parameters import count_parameters
 from portmoe.model.precision import compute_dtype
-from portmoe.ops import OPERATIONS, OpTable, Segments, Workload, choose
+from portmoe.ops import OPERATIONS, OpTable, Segments, choose
+from portmoe.parallel.layout import Layout
+from portmoe.parallel.workload import workload_of
 
 TOKENS = 64
 
@@ -25,28 +26,13 @@ def make_config(**model) -> Config:
         "vocab_size": 256,
     }
     return Config.model_validate(
-        {"data": {"seq_len": TOKENS // 4}, "model": sizes | {"multiple_of": 16} | model}
+        {"data": {"seq_len": TOKENS // 4, "micro_bsz": 4}, "model": sizes | {"multiple_of": 16} | model}
     )
 
 
 def cpu_table(config: Config) -> OpTable:
     """What the CPU chooses for this model."""
-    model = config.model
-    workload = Workload(
-        device=torch.device("cpu"),
-        dtype=compute_dtype(model),
-        tokens=TOKENS,
-        seq_len=config.data.seq_len,
-        hidden=model.hidden_size,
-        heads=model.num_attention_heads,
-        head_dim=model.head_dim,
-        ffn_width=model.ffn_width,
-        vocab=model.vocab_size,
-        experts=model.num_experts,
-        top_k=config.moe.top_k,
-        capacity=expert_capacity(config, TOKENS),
-        equal_segments=True,
-    )
+    workload = workload_of(config, Layout.plan(config, 1), torch.device("cpu"))
     return choose(OPERATIONS, get_accelerator("cpu").ops.implementations(), workload, config)
 
 
