@@ -32,7 +32,7 @@ setup(
     packages=list(packages()),
     package_dir=packages(),
     package_data={
-        "portmoe.backends.cpu": ["*.c"],
+        "portmoe.backends.cpu": ["*.c", "*.h"],
         "portmoe.configs": ["*.yaml"],
         "portmoe.validation": ["*.json", "*.yaml"],
     },

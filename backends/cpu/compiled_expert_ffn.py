@@ -4,25 +4,21 @@ Beside what ``portmoe.ops.buffered_expert_ffn`` does, the work between two produ
 memory, and in bfloat16 no product has a transposed first factor: the kernels write the transposes.
 """
 
-from ctypes import CDLL
-
 import torch
 
-from portmoe.backends.cpu.native import kernels
+from portmoe.backends.cpu.native import NAMES, addresses, require, supports
 from portmoe.ops.buffered_expert_ffn import native, ragged, static
 from portmoe.ops.operation import Implementation
 from portmoe.ops.products import native_products
 from portmoe.ops.workload import Workload
 
-NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-
 
 class Kernels:
-    """``Elementwise`` by the kernels of swiglu.c, on contiguous tensors of one of the types in ``NAMES``."""
+    """``Elementwise`` by the kernels of swiglu.c, on contiguous tensors."""
 
     def forward(self, gate_PF: torch.Tensor, up_PF: torch.Tensor, hidden_PF: torch.Tensor) -> None:
-        kernel = getattr(_loaded(), f"swiglu_{NAMES[gate_PF.dtype]}")
-        kernel(gate_PF.numel(), *_addresses(gate_PF, up_PF, hidden_PF), torch.get_num_threads())
+        kernel = getattr(require(), f"swiglu_{NAMES[gate_PF.dtype]}")
+        kernel(gate_PF.numel(), *addresses(gate_PF, up_PF, hidden_PF), torch.get_num_threads())
 
     def backward(
         self,
@@ -35,11 +31,11 @@ class Kernels:
         tensors = (gate_PF, up_PF, grad_gate_PF, grad_up_PF, hidden_PF)
         threads = torch.get_num_threads()
         if gate_PF.dtype == torch.float32:
-            _loaded().swiglu_backward_float32(gate_PF.numel(), *_addresses(*tensors), threads)
+            require().swiglu_backward_float32(gate_PF.numel(), *addresses(*tensors), threads)
             return grad_gate_PF.t(), grad_up_PF.t()
         grad_gate_FP, grad_up_FP = (t.new_empty(t.shape[::-1]) for t in (grad_gate_PF, grad_up_PF))
-        addresses = _addresses(*tensors, grad_gate_FP, grad_up_FP)
-        _loaded().swiglu_backward_bfloat16(*gate_PF.shape, *addresses, threads)
+        tensors = (*tensors, grad_gate_FP, grad_up_FP)
+        require().swiglu_backward_bfloat16(*gate_PF.shape, *addresses(*tensors), threads)
         return grad_gate_FP, grad_up_FP
 
     def transpose(self, t_PH: torch.Tensor) -> torch.Tensor:
@@ -47,29 +43,12 @@ class Kernels:
             return t_PH.t()
         t_PH = t_PH.contiguous()  # a gradient may come expanded
         t_HP = t_PH.new_empty(t_PH.shape[::-1])
-        _loaded().transpose_bfloat16(*t_PH.shape, *_addresses(t_PH, t_HP), torch.get_num_threads())
+        require().transpose_bfloat16(*t_PH.shape, *addresses(t_PH, t_HP), torch.get_num_threads())
         return t_HP
 
 
-def _loaded() -> CDLL:
-    library = kernels()
-    if isinstance(library, str):
-        raise RuntimeError(library)
-    return library
-
-
-def _addresses(*tensors: torch.Tensor) -> list[int]:
-    """Of the first numbers; the kernels read whole rows, one after the other."""
-    if not all(t.is_contiguous() for t in tensors):
-        raise ValueError("the kernels need contiguous tensors")
-    return [t.data_ptr() for t in tensors]
-
-
 def _supports(workload: Workload) -> str | None:
-    if workload.dtype not in NAMES:
-        return f"the kernels compute {' and '.join(NAMES.values())}, not {workload.dtype}"
-    library = kernels()
-    return library if isinstance(library, str) else native(workload)
+    return supports(workload) or native(workload)
 
 
 ALL = (

@@ -1,4 +1,4 @@
-"""Compiling the kernels of swiglu.c for the processor at hand, once, into the user's cache directory."""
+"""Compiling this folder's C files for the processor at hand, once, into the user's cache directory."""
 
 import ctypes
 import hashlib
@@ -9,21 +9,31 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from portmoe.backends.cpu.probe import CPUINFO
+import torch
 
-SOURCE = Path(__file__).with_name("swiglu.c")
+from portmoe.backends.cpu.probe import CPUINFO
+from portmoe.ops.workload import Workload
+
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # the types there are kernels for
+FOLDER = Path(__file__).parent
 FLAGS = (
     *("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
     *("-fopenmp", "-shared", "-fPIC"),
 )
 TIMEOUT = 120  # seconds; the compiler takes a fraction of one
-COUNT, ADDRESS, THREADS = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+COUNT, NUMBER, ADDRESS, THREADS = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
 ARGUMENTS = {
     "swiglu_float32": (COUNT, *[ADDRESS] * 3, THREADS),
     "swiglu_bfloat16": (COUNT, *[ADDRESS] * 3, THREADS),
     "swiglu_backward_float32": (COUNT, *[ADDRESS] * 5, THREADS),
     "swiglu_backward_bfloat16": (COUNT, COUNT, *[ADDRESS] * 7, THREADS),
     "transpose_bfloat16": (COUNT, COUNT, *[ADDRESS] * 2, THREADS),
+    "rms_norm_float32": (COUNT, COUNT, NUMBER, *[ADDRESS] * 4, THREADS),
+    "rms_norm_bfloat16": (COUNT, COUNT, NUMBER, *[ADDRESS] * 4, THREADS),
+    "rms_norm_backward_float32": (COUNT, COUNT, *[ADDRESS] * 6, THREADS),
+    "rms_norm_backward_bfloat16": (COUNT, COUNT, *[ADDRESS] * 6, THREADS),
+    "rotary_float32": (*[COUNT] * 5, ctypes.c_int, NUMBER, *[ADDRESS] * 4, THREADS),
+    "rotary_bfloat16": (*[COUNT] * 5, ctypes.c_int, NUMBER, *[ADDRESS] * 4, THREADS),
 }
 
 
@@ -36,24 +46,50 @@ def kernels() -> ctypes.CDLL | str:
     try:
         library = ctypes.CDLL(str(_compiled(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
-        return f"{SOURCE.name} could not be compiled and loaded: {_short(error)}"
+        return f"the kernels could not be compiled and loaded: {_short(error)}"
     for name, arguments in ARGUMENTS.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
     return library
 
 
+def require() -> ctypes.CDLL:
+    """The loaded library; a RuntimeError where there is none."""
+    library = kernels()
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    return library
+
+
+def addresses(*tensors: torch.Tensor) -> list[int]:
+    """Of the tensors' first numbers; the kernels read whole rows, one after the other."""
+    if not all(t.is_contiguous() for t in tensors):
+        raise ValueError("the kernels need contiguous tensors")
+    return [t.data_ptr() for t in tensors]
+
+
+def supports(workload: Workload) -> str | None:
+    """Whether the kernels compute in the workload's type, and can be had."""
+    if workload.dtype not in NAMES:
+        return f"the kernels compute {' and '.join(NAMES.values())}, not {workload.dtype}"
+    library = kernels()
+    return library if isinstance(library, str) else None
+
+
 def _compiled(compiler: str) -> Path:
     """The library's file. What it was made of, and for which processor, is in its name."""
-    made_of = (SOURCE.read_text(encoding="utf-8"), compiler, str(os.stat(compiler).st_mtime), *FLAGS)
+    sources = sorted(FOLDER.glob("*.[ch]"))
+    made_of = (*(file.read_text(encoding="utf-8") for file in sources), *FLAGS)
+    made_of += (compiler, str(os.stat(compiler).st_mtime))
     key = hashlib.sha256("\0".join((*made_of, _instructions())).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "portmoe"
-    library = folder / f"swiglu-{key}.so"
+    library = folder / f"kernels-{key}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             fresh = Path(scratch) / library.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(fresh)]
+            units = [str(file) for file in sources if file.suffix == ".c"]
+            command = [compiler, *FLAGS, *units, "-lm", "-o", str(fresh)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT)
             fresh.replace(library)  # in one move: several ranks may compile at once
     return library

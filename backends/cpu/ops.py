@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from portmoe.accelerator import Operations
-from portmoe.backends.cpu import compiled_expert_ffn
+from portmoe.backends.cpu import compiled_expert_ffn, compiled_rows
 from portmoe.ops import bag_dispatch, buffered_expert_ffn, torch_native
 from portmoe.ops.operation import Implementation
 
@@ -12,4 +12,10 @@ class CpuOperations(Operations):
     """What is written for CPUs, then torch's own fast paths."""
 
     def implementations(self) -> Sequence[Implementation]:
-        return [*bag_dispatch.ALL, *compiled_expert_ffn.ALL, *buffered_expert_ffn.ALL, *torch_native.ALL]
+        return [
+            *bag_dispatch.ALL,
+            *compiled_rows.ALL,
+            *compiled_expert_ffn.ALL,
+            *buffered_expert_ffn.ALL,
+            *torch_native.ALL,
+        ]

@@ -6,28 +6,10 @@
 //
 // Compiled on first use by native.py, for the processor it runs on. No -ffast-math: NaN and inf pass through.
 
-#include <stdint.h>
-#include <string.h>
+#include "numbers.h"
 
 #define LANES 32 // of a block: rows and columns
 typedef uint16_t block_row __attribute__((vector_size(2 * LANES)));
-
-static inline float from_bfloat16(uint16_t value) {
-    uint32_t bits = (uint32_t)value << 16;
-    float number;
-    memcpy(&number, &bits, 4);
-    return number;
-}
-
-static inline uint16_t to_bfloat16(float number) { // to nearest, ties to even
-    uint32_t bits;
-    memcpy(&bits, &number, 4);
-    uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    return number == number ? rounded >> 16 : 0x7fc0;
-}
-
-static inline float from_float(float value) { return value; }
-static inline float to_float(float number) { return number; }
 
 // exp(x) to about one unit in the last place, for x brought to -80 … 80: no exponent overflows.
 static inline float exponential(float x) {

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from portmoe.backends.cpu import compiled_expert_ffn, native
+from portmoe.backends.cpu import compiled_expert_ffn, compiled_rows, native
 from portmoe.ops import Workload
 
 WORKLOAD = Workload(
@@ -114,12 +114,56 @@ def test_without_a_compiler_the_reason_is_told(monkeypatch, tmp_path):
 @needs_compiler
 @pytest.mark.usefixtures("fresh_kernels")
 def test_what_does_not_compile_is_told_with_the_compilers_words(monkeypatch, tmp_path):
-    broken = tmp_path / "swiglu.c"
-    broken.write_text("#error no such luck")
-    monkeypatch.setattr(native, "SOURCE", broken)
+    (tmp_path / "broken.c").write_text("#error no such luck")
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
     assert all("no such luck" in i.supports(WORKLOAD) for i in compiled_expert_ffn.ALL)
 
 
 def test_other_types_are_left_to_others():
     reasons = [i.supports(replace(WORKLOAD, dtype=torch.float16)) for i in compiled_expert_ffn.ALL]
     assert all("torch.float16" in reason for reason in reasons)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (1, 70), (5, 32), (33, 100)])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
+def test_rms_norm_by_two_threads_against_float64(rows, width, dtype, rtol):
+    generator = torch.Generator().manual_seed(rows)
+    x_TH, grad_TH = (torch.randn(rows, width, generator=generator).to(dtype) for _ in range(2))
+    weight_H = torch.randn(width, generator=generator).to(dtype)
+    leaves = [t.clone().requires_grad_() for t in (x_TH, weight_H)]
+    wide = [t.double().requires_grad_() for t in (x_TH, weight_H)]
+    expected = wide[0] / (wide[0].square().mean(1, keepdim=True) + 1e-5).sqrt() * wide[1]
+    ours = compiled_rows.rms_norm(*leaves, 1e-5)
+    torch.testing.assert_close(ours.double(), expected, rtol=rtol, atol=rtol)
+    grads = torch.autograd.grad(ours, leaves, grad_TH)
+    for grad, control in zip(grads, torch.autograd.grad(expected, wide, grad_TH.double()), strict=True):
+        torch.testing.assert_close(grad.double(), control, rtol=rtol, atol=rtol * 10)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
+def test_rotary_of_heads_that_lie_apart_is_a_complex_product(interleaved, dtype, rtol):
+    tokens, heads, pairs = 7, 3, 5
+    qkv_TN3D = torch.randn(tokens, heads, 3, 2 * pairs, generator=torch.Generator().manual_seed(1)).to(dtype)
+    leaf_TND = qkv_TN3D[:, :, 1].requires_grad_()
+    angle_TR = torch.rand(tokens, pairs, generator=torch.Generator().manual_seed(2)) * 50
+    wide_TND = leaf_TND.detach().double()
+    split = (wide_TND[..., 0::2], wide_TND[..., 1::2]) if interleaved else wide_TND.chunk(2, -1)
+    turn = torch.polar(torch.ones(tokens, 1, pairs).double(), angle_TR.double()[:, None])
+
+    def joined(number_TNR):
+        parts = (number_TNR.real, number_TNR.imag)
+        return torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
+
+    ours_TND = compiled_rows.rotary(leaf_TND, angle_TR.cos(), angle_TR.sin(), interleaved)
+    torch.testing.assert_close(
+        ours_TND.double(), joined(torch.complex(*split) * turn), rtol=rtol, atol=rtol * 10
+    )
+    (grad_TND,) = torch.autograd.grad(ours_TND, leaf_TND, leaf_TND.detach())
+    torch.testing.assert_close(
+        grad_TND.double(), joined(torch.complex(*split) * turn.conj()), rtol=rtol, atol=rtol * 10
+    )

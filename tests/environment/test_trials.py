@@ -98,14 +98,16 @@ def test_statistics_that_do_not_count_are_noticed(cpu):
 def test_every_operation_gets_a_line_with_the_reason_why_a_preferred_one_was_not_taken(cpu):
     class Offers(type(cpu.ops)):
         def implementations(self):
-            picky = Implementation("rotary", "fused", lambda *_: None, lambda workload: "needs a moon")
+            picky = Implementation(
+                "megablock_gating", "fused", lambda *_: None, lambda workload: "needs a moon"
+            )
             return [picky, *super().implementations()]
 
     record, findings = trials.operations(replace(cpu, ops=Offers()), CPU)
     lines = {finding.check: finding.text for finding in findings if finding.level == "OK"}
     assert lines.keys() == record.keys() == OPERATIONS.keys()
-    assert lines["rotary"] == "reference (not fused: needs a moon)"
-    assert record["rotary"]["chosen"] == "reference"
+    assert lines["megablock_gating"] == "reference (not fused: needs a moon)"
+    assert record["megablock_gating"]["chosen"] == "reference"
 
 
 def test_the_environment_shows_what_is_set(cpu, monkeypatch):
