@@ -61,6 +61,6 @@ def _gating_supports(workload: Workload) -> str | None:
 TRITON = (
     Implementation("swiglu", "triton", _swiglu, supports),
     Implementation("topk_gating", "triton", _topk_gating, _gating_supports, "moe.use_fused_gating"),
-    Implementation("dispatch", "triton", _dispatch, supports),
-    Implementation("combine", "triton", _combine, supports),
+    Implementation("dispatch", "triton", _dispatch, supports, "moe.enable_token_rearrange_opt"),
+    Implementation("combine", "triton", _combine, supports, "moe.enable_token_rearrange_opt"),
 )

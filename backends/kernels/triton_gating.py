@@ -78,7 +78,8 @@ class _Gate(torch.autograd.Function):
         first_E = count_KBE[0].sum(0)
         aux_loss = experts * (sum_BE.sum(0) * first_E).sum() / tokens**2
 
-        slot_KS, weight_KS = torch.empty_like(expert_KS), torch.empty(k, tokens, device=device)
+        slot_KS = torch.empty_like(expert_KS)
+        weight_KS = torch.empty(k, tokens, device=device, dtype=torch.float32)
         choices = triton.next_power_of_2(k)
         _place_kernel[(blocks,)](
             gate_SE,

@@ -22,6 +22,8 @@ WIDEST_ROTATED_HEAD = 896
 MOST_CHOICES = 512
 LARGEST_INDEX = 16_777_215  # rows that npu_moe_token_permute can sort
 
+REARRANGE = "moe.enable_token_rearrange_opt"
+
 Reason = str | None
 
 
@@ -113,8 +115,8 @@ FUSED = (
     _fused("rotary", "npu_rotary_mul", fused.rotary, _rotary_supports),
     _fused("swiglu", "npu_swiglu", fused.swiglu),
     _fused("attention", "npu_fusion_attention", fused.attention, _attention_supports, "model.use_flash_attn"),
-    _fused("dispatch", "npu_moe_token_permute", fused.dispatch, _permutation_supports),
-    _fused("combine", "npu_moe_token_unpermute", fused.combine, _permutation_supports),
+    _fused("dispatch", "npu_moe_token_permute", fused.dispatch, _permutation_supports, REARRANGE),
+    _fused("combine", "npu_moe_token_unpermute", fused.combine, _permutation_supports, REARRANGE),
     _fused("expert_ffn", "npu_grouped_matmul", grouped_matmul.expert_ffn, _grouped_supports),
     _fused("expert_ffn_ragged", "npu_grouped_matmul", grouped_matmul.expert_ffn_ragged, _grouped_supports),
     _fused("adamw", "npu_apply_adam_w", fused.adamw),

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from portmoe.accelerator import Operations
+from portmoe.backends.kernels import liger
 from portmoe.backends.kernels.ops import TRITON
 from portmoe.ops import torch_native
 from portmoe.ops.operation import Implementation
@@ -12,7 +13,8 @@ LACKING = (torch_native.EXPERT_FFN_GROUPED_MM,)
 
 
 class XpuOperations(Operations):
-    """Triton kernels where the installed triton has the compiler, then torch's own fast paths."""
+    """Triton kernels where triton has the compiler, torch's own fast paths, then liger-kernel's."""
 
     def implementations(self) -> Sequence[Implementation]:
-        return [*TRITON, *(i for i in torch_native.ALL if i not in LACKING)]
+        native = (i for i in torch_native.ALL if i not in LACKING)
+        return [*TRITON, *native, liger.RMS_NORM, liger.CROSS_ENTROPY]

@@ -130,4 +130,8 @@ def _row_products(grad_SH: torch.Tensor, y_RH: torch.Tensor, row_KS: torch.Tenso
     return product_KS.masked_fill_(row_KS >= rows, 0.0)
 
 
-ALL = (Implementation("dispatch", "bag", bag_dispatch), Implementation("combine", "bag", bag_combine))
+KEY = "moe.enable_token_rearrange_opt"
+ALL = (
+    Implementation("dispatch", "bag", bag_dispatch, requested_by=KEY),
+    Implementation("combine", "bag", bag_combine, requested_by=KEY),
+)

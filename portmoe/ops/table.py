@@ -8,7 +8,7 @@ not taken. Models call the chosen functions directly: there is no lookup in the 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from portmoe.config import Config
@@ -19,12 +19,14 @@ from portmoe.ops.workload import Workload
 
 REFERENCE = "reference"
 
-# The config keys that ask for a kind of implementation, and the operation they speak of.
-REQUESTS = {
-    "moe.use_fused_gating": "topk_gating",
-    "moe.use_tutel": "topk_gating",
-    "model.use_flash_attn": "attention",
-}
+# The config keys that ask for a kind of implementation, and the operations they speak of.
+REQUESTS = (
+    ("moe.use_fused_gating", "topk_gating"),
+    ("moe.use_tutel", "topk_gating"),
+    ("moe.enable_token_rearrange_opt", "dispatch"),
+    ("moe.enable_token_rearrange_opt", "combine"),
+    ("model.use_flash_attn", "attention"),
+)
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The outcome for one operation."""
+    """The outcome for one operation. ``unmet``: what the config asked for and did not get, and why."""
 
     op: str
     chosen: str
     candidates: tuple[Candidate, ...]
+    unmet: tuple[str, ...] = ()
 
 
 class OpTable:
@@ -63,7 +66,7 @@ class OpTable:
         raise AttributeError(f"there is no operation {name!r}; operations: {known}")
 
     def record(self) -> dict[str, Any]:
-        """What ``ops.json`` holds: per operation the chosen name and every candidate with its reason."""
+        """What ``ops.json`` holds, per operation: the choice, each candidate's reason, unmet requests."""
         return {choice.op: {k: v for k, v in asdict(choice).items() if k != "op"} for choice in self.choices}
 
 
@@ -95,8 +98,8 @@ def choose(
         function, choice = _choose_one(operation, by_op[name], workload, config, log, timings)
         functions[name] = function
         choices.append(choice)
-    _check_requests(choices, by_op, config, log)
-    return OpTable(functions, choices)
+    unmet = _check_requests(choices, by_op, config, log)
+    return OpTable(functions, [replace(choice, unmet=tuple(unmet[choice.op])) for choice in choices])
 
 
 def _group(
@@ -181,10 +184,11 @@ def _check_requests(
     by_op: Mapping[str, Sequence[Implementation]],
     config: Config,
     log: Callable[[str], None],
-) -> None:
-    """Report every config key that asked for a kind of implementation which was not taken."""
+) -> dict[str, list[str]]:
+    """Report, and return by operation, every config key whose kind of implementation was not taken."""
     chosen = {choice.op: choice for choice in choices}
-    for key, op in REQUESTS.items():
+    unmet: dict[str, list[str]] = {op: [] for op in chosen}
+    for key, op in REQUESTS:
         if op not in chosen or not _setting(config, key):
             continue
         choice = chosen[op]
@@ -197,8 +201,10 @@ def _check_requests(
         # One that was usable and lost to another by order or by measurement is not missing.
         if config.ops.fallback == "error" and not any(c.usable for c in asked):
             raise BackendError(f"{message}; set {key} to false, or ops.fallback to 'warn' or 'allow'")
+        unmet[op].append(message)
         if config.ops.fallback != "allow":
             log(message)
+    return unmet
 
 
 def _setting(config: Config, key: str) -> bool:

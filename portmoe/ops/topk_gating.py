@@ -6,7 +6,7 @@ finds its expert full is dropped, and the weights are g normalised over a token'
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -62,6 +62,34 @@ def topk_gating(
     Raises:
         ValueError: k is not in 1 … E, "RSample" with use_fused_gating, or noise without a CPU generator.
     """
+    return topk_gating_by(
+        running_count,
+        logits_SE,
+        k,
+        capacity_factor,
+        min_capacity,
+        drop_tokens=drop_tokens,
+        use_rts=use_rts,
+        noisy_gate_policy=noisy_gate_policy,
+        use_fused_gating=use_fused_gating,
+        generator=generator,
+    )
+
+
+def topk_gating_by(
+    count: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]],
+    logits_SE: torch.Tensor,
+    k: int,
+    capacity_factor: float,
+    min_capacity: int,
+    *,
+    drop_tokens: bool = True,
+    use_rts: bool = False,
+    noisy_gate_policy: NoisyGatePolicy = None,
+    use_fused_gating: bool = True,
+    generator: torch.Generator | None = None,
+) -> Routing:
+    """``topk_gating`` with slots numbered by ``count``, which has the contract of ``running_count``."""
     check_choices(logits_SE, k)
     if noisy_gate_policy == "RSample" and use_fused_gating:
         raise ValueError("noisy_gate_policy='RSample' needs use_fused_gating=False")
@@ -76,7 +104,7 @@ def topk_gating(
         others_SE = _noisy(logits_SE, generator).scatter(1, expert_KS[0].unsqueeze(1), -math.inf)
         expert_KS = torch.stack([expert_KS[0], others_SE.argmax(dim=1)])
 
-    slot_A, count_E = running_count(expert_KS.flatten(), experts)
+    slot_A, count_E = count(expert_KS.flatten(), experts)
     slot_KS = slot_A.view(k, tokens)
     if k == 1 and not drop_tokens:
         capacity = int(count_E.max())

@@ -146,8 +146,12 @@ def _adamw(
 RMS_NORM = Implementation("rms_norm", "torch", _rms_norm)
 SWIGLU = Implementation("swiglu", "silu", _swiglu)
 ATTENTION_SDPA = Implementation("attention", "sdpa", _sdpa, requested_by="model.use_flash_attn")
-DISPATCH_GATHER = Implementation("dispatch", "gather", gather_dispatch)
-COMBINE_GATHER = Implementation("combine", "gather", gather_combine)
+DISPATCH_GATHER = Implementation(
+    "dispatch", "gather", gather_dispatch, requested_by="moe.enable_token_rearrange_opt"
+)
+COMBINE_GATHER = Implementation(
+    "combine", "gather", gather_combine, requested_by="moe.enable_token_rearrange_opt"
+)
 EXPERT_FFN_LOOP = Implementation("expert_ffn", "loop", _expert_loop)
 EXPERT_FFN_RAGGED_LOOP = Implementation("expert_ffn_ragged", "loop", _expert_loop_ragged)
 EXPERT_FFN_GROUPED_MM = Implementation(

@@ -38,9 +38,9 @@ def operation(name, reference=double):
     return Operation(name, reference, samples, rounding(1))
 
 
-def config(*, fused=False, tutel=False, flash=False, **ops):
+def config(*, fused=False, tutel=False, rearrange=False, flash=False, **ops):
     return Config(
-        moe=MoeConfig(use_fused_gating=fused, use_tutel=tutel),
+        moe=MoeConfig(use_fused_gating=fused, use_tutel=tutel, enable_token_rearrange_opt=rearrange),
         model=ModelConfig(use_flash_attn=flash),
         ops=OpsConfig(**ops),
     )
@@ -106,6 +106,8 @@ def test_disabling_everything_is_refused():
     [
         ({"fused": True}, "moe.use_fused_gating", "topk_gating"),
         ({"tutel": True}, "moe.use_tutel", "topk_gating"),
+        ({"rearrange": True}, "moe.enable_token_rearrange_opt", "dispatch"),
+        ({"rearrange": True}, "moe.enable_token_rearrange_opt", "combine"),
         ({"flash": True}, "model.use_flash_attn", "attention"),
     ],
 )
@@ -119,11 +121,14 @@ class TestRequests:
         _, record, log = pick(offered, config(**asked, fallback="error"), name=name)
         assert record["chosen"] == "quick"
         assert log == []
+        assert record["unmet"] == ()
 
     def test_missing(self, asked, key, name):
         _, record, log = pick([], config(**asked, fallback="allow"), name=name)
         assert record["chosen"] == "reference"
         assert log == []
+        (unmet,) = record["unmet"]
+        assert unmet.startswith(f"{key} is not met: {name}.reference")
         _, _, log = pick([], config(**asked, fallback="warn"), name=name)
         assert len(log) == 1
         assert log[0].startswith(f"{key} is not met: {name}.reference")

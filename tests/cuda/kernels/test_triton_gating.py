@@ -5,7 +5,6 @@ import torch
 from agreement import workload
 from gating_oracle import gshard
 
-from portmoe.backends.cuda.ops import CudaOperations
 from portmoe.backends.kernels.ops import TRITON
 from portmoe.ops import topk_gating as plain
 
@@ -105,7 +104,6 @@ def test_nan_in_the_gradient_of_a_dropped_choice_stays_there():
 
 
 def test_it_is_asked_for_and_says_what_it_does_not_take():
-    assert next(i for i in CudaOperations().implementations() if i.op == "topk_gating") is GATING
     assert GATING.requested_by == "moe.use_fused_gating"
     assert GATING.supports(workload()) is None
     assert "moe.use_rts" in GATING.supports(workload(random_drops=True))

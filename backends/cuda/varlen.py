@@ -1,0 +1,64 @@
+"""Attention over packed segments by torch's variable-length flash kernel. Untested on hardware."""
+
+from functools import lru_cache
+from inspect import signature
+
+import torch
+
+from portmoe.accelerator.probing import describe
+from portmoe.ops import torch_native
+from portmoe.ops.attention import Segments, check_covers
+from portmoe.ops.operation import Implementation
+from portmoe.ops.workload import Workload
+
+CAUSAL = (-1, 0)  # window_size: every token to the left, none to the right
+OLDEST_CAPABILITY = (8, 0)
+WIDEST_HEAD, HEAD_MULTIPLE = 256, 8
+
+
+def attention(
+    q_TND: torch.Tensor, k_TND: torch.Tensor, v_TND: torch.Tensor, segments: Segments, scale: float
+) -> torch.Tensor:
+    """One call for all segments; where they are of one length, or there are none, as SDPA takes them."""
+    check_covers(segments, q_TND)
+    if segments.equal_length is not None or not segments.lengths:
+        return torch_native.ATTENTION_SDPA.function(q_TND, k_TND, v_TND, segments, scale)
+    from torch.nn.attention.varlen import varlen_attn
+
+    offsets, longest = _offsets(segments, q_TND.device), max(segments.lengths)
+    return varlen_attn(
+        q_TND, k_TND, v_TND, offsets, offsets, longest, longest, scale=scale, window_size=CAUSAL
+    )
+
+
+@lru_cache(maxsize=8)  # a micro-batch's segments are those of all its layers
+def _offsets(segments: Segments, device: torch.device) -> torch.Tensor:
+    return torch.tensor(segments.offsets, dtype=torch.int32, device=device)
+
+
+def supports(workload: Workload) -> str | None:
+    """None if the flash kernel can take unequal segments of these heads, otherwise why not."""
+    if workload.equal_segments:
+        return "segments of one length go to sdpa as a batch"
+    if workload.dtype not in (torch.bfloat16, torch.float16):
+        return f"flash attention has no {workload.dtype}"
+    if workload.head_dim > WIDEST_HEAD or workload.head_dim % HEAD_MULTIPLE:
+        return (
+            f"the head dimension is {workload.head_dim}, and allowed are multiples of {HEAD_MULTIPLE} "
+            f"up to {WIDEST_HEAD}"
+        )
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except Exception as error:
+        return f"torch {torch.__version__} has no varlen_attn: {describe(error)}"
+    if lacking := {"scale", "window_size"} - signature(varlen_attn).parameters.keys():
+        return f"varlen_attn of torch {torch.__version__} has no {' and no '.join(sorted(lacking))}"
+    if (
+        workload.device.type == "cuda"
+        and torch.cuda.get_device_capability(workload.device) < OLDEST_CAPABILITY
+    ):
+        return "flash attention needs a GPU of compute capability 8.0 or newer"
+    return None
+
+
+ATTENTION_VARLEN = Implementation("attention", "varlen", attention, supports, "model.use_flash_attn")
