@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from portmoe.accelerator import Device, Probe
+from portmoe.backends import extension
 from portmoe.backends.cpu.probe import processor, software
 
 
@@ -18,6 +19,7 @@ class CpuDevice(Device):
         return software()
 
     def find_devices(self, probe: Probe) -> None:
+        extension.load(probe)
         probe.facts["instructions"] = torch.backends.cpu.get_cpu_capability()
         probe.facts["threads"] = str(torch.get_num_threads())
         if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
@@ -25,6 +27,7 @@ class CpuDevice(Device):
 
     def open(self, local_rank: int) -> torch.device:
         """The one CPU device, whatever the rank: ranks share the cores."""
+        extension.load()
         return torch.device("cpu")
 
     def count(self) -> int:

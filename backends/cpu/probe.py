@@ -5,13 +5,16 @@ import platform
 from pathlib import Path
 
 from portmoe.accelerator import Probe
+from portmoe.backends import extension
 
 CPUINFO = Path("/proc/cpuinfo")
 
 
 def software() -> Probe:
     """Nothing but torch is needed; the processor is always there."""
-    return Probe({"processor": processor(), "cores": str(usable_cores())}, present=True)
+    probe = Probe({"processor": processor(), "cores": str(usable_cores())}, present=True)
+    extension.look(probe)
+    return probe
 
 
 def processor() -> str:

@@ -22,6 +22,8 @@ ENVIRONMENT = {
     "INF_NAN_MODE_ENABLE": "1",  # overflow gives inf, as everywhere else, instead of saturating
 }
 
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_NPU_ALLOC_CONF")
+
 INSTALL_CANN = (
     "install the CANN toolkit and kernels ({version}) and run `source <CANN>/set_env.sh` in the shell that "
     "starts portmoe"
@@ -46,6 +48,11 @@ def software() -> Probe:
     if not home:
         searched = ", ".join(["$ASCEND_HOME_PATH", "$ASCEND_TOOLKIT_HOME", *map(str, CANN_HOMES)])
         probe.fail(f"no CANN in {searched}", INSTALL_CANN.format(version=_cann_for(plugin or torch)))
+    if {*ALLOCATOR_VARIABLES} <= os.environ.keys():
+        probe.warn(
+            f"{' and '.join(ALLOCATOR_VARIABLES)} are both set, and torch_npu aborts at its first allocation",
+            f"unset {ALLOCATOR_VARIABLES[0]}",
+        )
     if torch:
         _check_plugin(probe, torch, plugin)
     if plugin and cann:

@@ -3,6 +3,7 @@
 import torch
 
 from portmoe.accelerator import Device, Probe
+from portmoe.backends import extension
 from portmoe.backends.xpu.probe import INSTALL_DRIVER, INSTALL_TORCH, software
 
 
@@ -25,6 +26,11 @@ class XpuDevice(Device):
             probe.fail(f"the installed torch {torch.__version__} is not built for Intel GPUs", INSTALL_TORCH)
             return
         probe.facts["SYCL runtime of torch"] = torch.version.xpu
+        extension.load(probe)
         super().find_devices(probe)
         if probe.usable and not torch.distributed.is_xccl_available():
             probe.fail(f"the installed torch {torch.__version__} was built without XCCL", INSTALL_TORCH)
+
+    def open(self, local_rank: int) -> torch.device:
+        extension.load()
+        return super().open(local_rank)

@@ -5,12 +5,12 @@ import re
 from pathlib import Path
 
 from portmoe.accelerator import Probe, Problem
-from portmoe.accelerator.probing import installed_version, pci_devices, release
+from portmoe.accelerator.probing import installed_version, pci_devices
+from portmoe.backends import extension
 
 PCI_VENDOR, PCI_CLASSES = 0x8086, (0x03,)
 PROCESSOR_GRAPHICS = "0000:00:02.0"  # where the graphics inside an Intel processor always sits
 RENDER_NODES = Path("/dev/dri")
-EXTENSION = "intel-extension-for-pytorch"
 
 # Read while torch registers its kernels.
 ENVIRONMENT = {
@@ -41,16 +41,10 @@ def software() -> Probe:
         probe.fail(
             "this user may not open /dev/dri/renderD*", "sudo usermod -aG render $USER, then log in again"
         )
-    torch, extension = installed_version("torch") or "", installed_version(EXTENSION)
+    torch = installed_version("torch") or ""
     if re.fullmatch(r"cpu|cu\d+|rocm.*", torch.partition("+")[2]):
         probe.fail(f"the installed torch {torch} is not built for Intel GPUs", INSTALL_TORCH)
-    if extension:
-        probe.facts[EXTENSION] = extension
-        if release(extension)[:2] != release(torch)[:2]:
-            probe.warn(
-                f"{EXTENSION} {extension} does not go with torch {torch}",
-                f"pip uninstall {EXTENSION}: torch supports these GPUs itself, and its development has ended",
-            )
+    extension.look(probe)
     return probe
 
 

@@ -91,7 +91,8 @@ def try_out(name: str, rank: int, ranks: int, store_file: str, timeout: timedelt
         dist.destroy_process_group()
 
     attempt("collectives", communicate, fix=trials.CHECK_NETWORK)
-    attempt("environment", trials.environment, wanted, fix=trials.REINSTALL)
+    deterministic = accelerator.device.deterministic_environment()
+    attempt("environment", trials.environment, wanted, deterministic, fix=trials.REINSTALL)
     if rank == 0:
 
         def choice() -> Iterable[Finding]:

@@ -1,7 +1,7 @@
 """Small pieces of training, tried on a device and compared with what they must give."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -61,10 +61,13 @@ def wanted_environment(accelerator: Accelerator, preflight: Preflight, timeout: 
     return sorted({PEAK_VARIABLE, *(key for part in parts for key in part)})
 
 
-def environment(names: Iterable[str]) -> Iterator[Finding]:
-    """The values these variables have in the end."""
+def environment(names: Iterable[str], deterministic: Mapping[str, str]) -> Iterator[Finding]:
+    """The values these variables have in the end, and what ``cudnn_deterministic`` sets besides."""
     values = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
-    yield Finding("OK", "environment", ", ".join(values) or "needs no variables")
+    text = ", ".join(values) or "needs no variables"
+    if more := [f"{name}={os.environ.get(name, value)}" for name, value in deterministic.items()]:
+        text += f"; with cudnn_deterministic also {', '.join(more)}"
+    yield Finding("OK", "environment", text)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

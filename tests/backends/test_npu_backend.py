@@ -188,6 +188,15 @@ def test_the_allocator_setting_gives_way_to_torchs_own_variable(monkeypatch):
     assert memory.environment() == {}
 
 
+def test_two_settings_of_the_allocator_are_warned_of(stack, monkeypatch):
+    stack()
+    monkeypatch.delenv("PYTORCH_NPU_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    assert not any("aborts" in problem.summary for problem in probe.software().problems)
+    monkeypatch.setenv("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True")
+    assert any("aborts" in problem.summary for problem in probe.software().problems)
+
+
 def test_silent_cpu_fallback_is_off_before_torch_is_imported():
     environment = preflight_of(discovery.find("npu")).environment
     assert environment["TORCH_NPU_FALLBACK_CPU_DISABLE"] == "1"

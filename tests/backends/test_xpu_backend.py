@@ -9,6 +9,7 @@ from agreement import workload
 from portmoe import load_config
 from portmoe.accelerator import discovery
 from portmoe.accelerator.preflight import preflight_of
+from portmoe.backends import extension as module
 from portmoe.backends.xpu import device, probe
 from portmoe.ops import OPERATIONS, choose
 
@@ -18,8 +19,9 @@ def stack(tmp_path, monkeypatch, pci):
     """A machine with these distributions and ``nodes`` render nodes."""
 
     def make(torch_version="2.13.0+xpu", extension=None, nodes=1):
-        versions = {"torch": torch_version, probe.EXTENSION: extension}
-        monkeypatch.setattr(probe, "installed_version", versions.get)
+        versions = {"torch": torch_version, module.PACKAGE: extension}
+        for place in (probe, module):
+            monkeypatch.setattr(place, "installed_version", versions.get)
         monkeypatch.setattr(probe, "RENDER_NODES", tmp_path / "dri")
         (tmp_path / "dri").mkdir()
         for number in range(nodes):

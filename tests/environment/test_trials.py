@@ -114,5 +114,8 @@ def test_the_environment_shows_what_is_set(cpu, monkeypatch):
     monkeypatch.delenv("PORTMOE_PEAK_TFLOPS", raising=False)
     monkeypatch.setenv("TOY_MODE", "lax")
     wanted = trials.wanted_environment(cpu, Preflight(environment={"TOY_MODE": "x"}), timedelta(seconds=1))
-    assert next(trials.environment(wanted)).text == "TOY_MODE=lax"
-    assert next(trials.environment([])).text == "needs no variables"
+    assert next(trials.environment(wanted, {})).text == "TOY_MODE=lax"
+    assert next(trials.environment([], {})).text == "needs no variables"
+    monkeypatch.delenv("TOY_ORDER", raising=False)
+    text = next(trials.environment(wanted, {"TOY_ORDER": "fixed"})).text
+    assert text == "TOY_MODE=lax; with cudnn_deterministic also TOY_ORDER=fixed"
