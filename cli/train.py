@@ -8,6 +8,7 @@ from portmoe.accelerator.discovery import AUTO, find, prepare
 from portmoe.cli.options import config_options
 from portmoe.config_file import config_name, load_config
 from portmoe.parallel.layout import Layout
+from portmoe.training.engines import require_engine
 from portmoe.training.ranks import LAUNCHERS, detect
 
 MOST_RANKS = 2**20
@@ -70,6 +71,7 @@ def train(
         find(backend)
     ranks = nproc if dry_run or nproc > 1 else detect(launcher).world_size
     Layout.plan(config, world_size or ranks)
+    require_engine(config)
     prepare(backend)
     if dry_run:
         from portmoe.training.dry_run import dry_run as describe

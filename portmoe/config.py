@@ -359,8 +359,16 @@ class OpsConfig(Section):
     disable: list[str] = []  # implementations not to be chosen, as "attention.sdpa"
 
 
+class DeepSpeedConfig(Section):
+    """Acts for ``trainer.engine: deepspeed`` only."""
+
+    # 1: optimizer state sharded, 2: gradients too, 3: parameters too. (A Literal of 1 would take true.)
+    zero_stage: Annotated[int, Field(ge=1, le=3)] = 1
+
+
 class TrainerConfig(Section):
     engine: Literal["native", "deepspeed"] = "native"
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
 
 
 class AlertConfig(Section):

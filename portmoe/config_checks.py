@@ -11,6 +11,7 @@ def contradictions(config: "Config") -> Iterator[str]:
     """One message per contradiction, naming the keys, their values and what to change."""
     yield from _of_the_model(config)
     yield from _of_the_parallel_sizes(config)
+    yield from _of_the_engine(config)
 
 
 def _of_the_model(config: "Config") -> Iterator[str]:
@@ -66,4 +67,34 @@ def _of_the_parallel_sizes(config: "Config") -> Iterator[str]:
         yield (
             f"model.num_experts={model.num_experts} must be a multiple of "
             f"parallel.expert.size={experts}; change one of the two"
+        )
+
+
+def _of_the_engine(config: "Config") -> Iterator[str]:
+    """What DeepSpeed does not do here, and what only DeepSpeed does."""
+    parallel, trainer = config.parallel, config.trainer
+    if trainer.engine != "deepspeed":
+        if trainer.deepspeed.zero_stage != 1:
+            yield (
+                f"trainer.deepspeed.zero_stage={trainer.deepspeed.zero_stage} acts only with "
+                f"trainer.engine='deepspeed', and trainer.engine={trainer.engine!r}; change one of the two"
+            )
+        return
+    layouts = {
+        "parallel.tensor.size": (parallel.tensor.size, 1),
+        "parallel.pipeline.size": (parallel.pipeline.size, 1),
+        "parallel.weight.size": (parallel.weight.size, 1),
+        "parallel.expert.size": (parallel.expert.size or 1, 1),
+        "parallel.zero1.size": (max(parallel.zero1.size, -1) or -1, -1),
+    }
+    for key, (value, allowed) in layouts.items():
+        if value != allowed:
+            yield (
+                f"{key}={value} is not possible with trainer.engine='deepspeed', which shards over all "
+                f"data-parallel ranks and nothing else; set {key} to {allowed}, or trainer.engine to 'native'"
+            )
+    if parallel.zero1.fsdp:
+        yield (
+            "parallel.zero1.fsdp=true is not possible with trainer.engine='deepspeed'; set it to false and "
+            "trainer.deepspeed.zero_stage to 3, which shards parameters too"
         )

@@ -1,23 +1,15 @@
 """How many ranks do what: the sizes of every parallel group and of the batch, as plain arithmetic.
 
 Contradictions that hold for any number of ranks are refused by ``portmoe.config``; those that
-depend on it, and layouts not built yet, are refused here. No torch: the command line plans
+depend on it are refused here. No torch: the command line plans
 before it starts a process.
 """
 
 import math
 from dataclasses import dataclass
-from functools import reduce
 
 from portmoe.config import Config, DataConfig
-from portmoe.config_messages import shorten
 from portmoe.errors import ConfigError
-
-# The one list of layouts the config can express and the trainer cannot run yet: key → allowed values.
-# Building a parallelism ends with deleting its line.
-ALLOWED_TODAY = {
-    "trainer.engine": ("native",),
-}
 
 
 @dataclass(frozen=True)
@@ -59,11 +51,10 @@ class Layout:
 
         Raises:
             ConfigError: the sizes cannot be met with this number of ranks, the global batch cannot be
-                divided or is over its limit, or the layout is not built yet.
+                divided or is over its limit.
         """
         if world_size < 1:
             raise ConfigError(f"the number of ranks is {world_size}; it must be at least 1")
-        _refuse_not_built(config)
         parallel = config.parallel
         tensor, pipeline = parallel.tensor.size, parallel.pipeline.size
         if world_size % (tensor * pipeline):
@@ -90,7 +81,7 @@ class Layout:
             weight=weight,
             expert=_dividing(
                 "parallel.expert.size",
-                parallel.expert.size or math.gcd(data, config.model.num_experts),
+                parallel.expert.size or _most_expert_ranks(config, data),
                 alike,
             ),
             micro_num=micro_num,
@@ -137,14 +128,6 @@ def most_ranks(config: Config) -> int | None:
         return None
     shares = config.parallel.tensor.size * config.parallel.pipeline.size
     return data.max_global_batch_size // (data.micro_bsz * data.micro_num) * shares
-
-
-def _refuse_not_built(config: Config) -> None:
-    for key, allowed in ALLOWED_TODAY.items():
-        value = reduce(getattr, key.split("."), config)
-        if value not in allowed:
-            choices = " or ".join(map(shorten, allowed))
-            raise ConfigError(f"{key}={shorten(value)} is not supported yet; allowed today: {choices}")
 
 
 def _check_tensor(config: Config) -> None:
@@ -199,6 +182,11 @@ def _check_schedule(config: Config, micro_num: int) -> None:
             f"(the interleaved schedule) needs with parallel.pipeline.size={size}; set {fix} to {below} or "
             f"{above}"
         )
+
+
+def _most_expert_ranks(config: Config, data: int) -> int:
+    """Where ``parallel.expert.size`` is null; only the native engine spreads experts."""
+    return math.gcd(data, config.model.num_experts) if config.trainer.engine == "native" else 1
 
 
 def _micro_num(data: DataConfig, ranks: int) -> int:

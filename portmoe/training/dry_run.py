@@ -15,7 +15,7 @@ from portmoe.ops import OPERATIONS, choose
 from portmoe.parallel.layout import Layout, most_ranks
 from portmoe.parallel.stages import describe, in_flight, stages_of
 from portmoe.parallel.workload import workload_of
-from portmoe.training.memory_check import state_of_rank
+from portmoe.training.memory_check import state_of_rank, weights_dtype
 
 
 def dry_run(config: Config, config_name: str, backend: str, world_size: int) -> str:
@@ -65,7 +65,7 @@ def _memory(config: Config, layout: Layout) -> Iterator[tuple[str, str]]:
         share += f" dense and 1/{each} of the experts'"
     yield (
         "memory per rank",
-        f"weights {_size(state.weights)} ({config.model.dtype}) + {_size(state.masters)} "
+        f"weights {_size(state.weights)} ({weights_dtype(config)}) + {_size(state.masters)} "
         f"({share} float32 masters)",
     )
     yield "", f"gradients {_size(state.gradients)} (float32, summed over the micro-batches)"
@@ -102,6 +102,9 @@ def _pipeline(config: Config, layout: Layout) -> Iterator[tuple[str, str]]:
 
 def _communication(config: Config, layout: Layout) -> Iterator[tuple[str, str]]:
     if layout.world == 1:
+        return
+    if config.trainer.engine == "deepspeed":
+        yield "communication", "DeepSpeed's own, not counted"
         return
     from portmoe.training.fake_world import measure  # takes seconds to import
 

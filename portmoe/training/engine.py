@@ -1,12 +1,14 @@
-"""The native engine: one optimizer step of the sharded model, and evaluation."""
+"""One optimizer step and evaluation: what every engine does alike, and the native engine."""
 
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from portmoe.accelerator.interface import BufferPool
 from portmoe.config import Config
@@ -23,7 +25,7 @@ from portmoe.parallel.mesh import Meshes
 from portmoe.parallel.tensor import Region
 from portmoe.training.loss_scale import LossScale
 from portmoe.training.metrics import StepMetrics
-from portmoe.training.optimizer import Optimizer, clip_scale
+from portmoe.training.optimizer import Optimizer, of_groups
 from portmoe.training.schedule import beta2, learning_rate
 from portmoe.training.spans import OPTIMIZER, span
 from portmoe.training.stopwatch import Stopwatch
@@ -46,7 +48,105 @@ class StepOutcome:
     backward_seconds: float
 
 
-class NativeEngine:
+class Engine(ABC):
+    """One optimizer step and evaluation of a model, whoever shards it and reduces its gradients.
+
+    A subclass builds the model and says how gradients come about and are applied.
+
+    Attributes:
+        model: this rank's decoders, one for each stage of a pipeline that it holds.
+        optimizer: of the parameters, or parts of them, that this rank updates.
+        loss_scale: of float16 training, and the count of skipped steps.
+    """
+
+    model: nn.ModuleList
+    optimizer: Optimizer
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.loss_scale = LossScale(config.grad_scaler, config.model.dtype)
+        self._config = config
+        self._device = device
+        self._backward_clock = Stopwatch(device)
+        self._step_clock = Stopwatch(device)
+
+    def train_step(self, step: int, batches: Sequence[Batch]) -> StepOutcome:
+        """One update from this rank's micro-batches; skipped where any rank's gradient is not finite."""
+        scale = self.loss_scale.scale
+        batches = [batch.to(self._device, non_blocking=True) for batch in batches]
+        metrics = StepMetrics(self._config.model.num_experts, batches)
+
+        def objective(batch: Batch, output: DecoderOutput | StageOutput) -> torch.Tensor | None:
+            loss = mean_loss(output, batch)
+            metrics.add(batch, output, loss)
+            if loss is None:
+                return None
+            return (loss + self._config.loss.moe_loss_coeff * output.aux_loss) * (scale / len(batches))
+
+        self.model.train()
+        self._step_clock.start()
+        self._accumulate(batches, objective)
+        self._step_clock.stop()
+        lr, second_beta = learning_rate(self._config, step), beta2(self._config, step)
+        with span(OPTIMIZER):
+            layer_norms = self._update(lr, second_beta, scale)
+        norms = of_groups(layer_norms)
+        self.loss_scale.update(all(map(math.isfinite, norms.values())))
+        return StepOutcome(
+            metrics=metrics,
+            gradient_norms=norms,
+            layer_gradient_norms=layer_norms,
+            learning_rate=lr,
+            beta2=second_beta,
+            loss_scale=scale,
+            forward_backward_seconds=self._step_clock.seconds(),
+            backward_seconds=self._backward_clock.seconds(),
+        )
+
+    def evaluate(self, batches: Sequence[Batch]) -> StepMetrics:
+        """The metrics of ``batches`` with evaluation's capacity and without noise; changes nothing."""
+        batches = [batch.to(self._device, non_blocking=True) for batch in batches]
+        metrics = StepMetrics(self._config.model.num_experts, batches)
+
+        def measure(batch: Batch, output: DecoderOutput | StageOutput) -> torch.Tensor | None:
+            loss = mean_loss(output, batch)
+            metrics.add(batch, output, loss)
+            return loss
+
+        self.model.eval()
+        self._evaluate(batches, measure)
+        return metrics
+
+    def load_state(self, state: dict) -> None:
+        """Continue from what ``state`` returned. The tensors have been taken over before."""
+        self.loss_scale.load_state_dict(state["loss_scale"])
+
+    @abstractmethod
+    def _accumulate(self, batches: Sequence[Batch], objective: "Consume") -> None:
+        """Run every micro-batch forward, its ``objective`` backward, and reduce the gradients' sum."""
+
+    @abstractmethod
+    def _update(self, lr: float, beta2: float, loss_scale: float) -> dict[str, list[float]]:
+        """Clip, update where all gradients are finite, and forget them; returns their norms as
+        ``Optimizer.gradient_norms`` does."""
+
+    @abstractmethod
+    def _evaluate(self, batches: Sequence[Batch], measure: "Consume") -> None:
+        """Run every micro-batch forward and ``measure`` it."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything a checkpoint holds as tensors, by name: plain tensors or DTensors. Collective."""
+
+    @abstractmethod
+    def take(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Continue from these of ``tensors()``, whose values have been read from a checkpoint. Collective."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Everything else a checkpoint holds, as JSON can hold it."""
+
+
+class NativeEngine(Engine):
     """ZeRO-1 over the data-parallel ranks and a pipeline of stages, by PyTorch's own engines.
 
     ``model`` holds this rank's stages of the decoder, a single one without a pipeline.
@@ -67,6 +167,7 @@ class NativeEngine:
         world: dist.ProcessGroup,
         pool: BufferPool | None = None,
     ) -> None:
+        super().__init__(config, device)
         self.model = build(config, ops, meshes, pool=pool)
         self.model.to_empty(device=device)
         for decoder in self.model:
@@ -74,12 +175,7 @@ class NativeEngine:
         groups = merged(map(parameter_groups, self.model))
         holders = layout.world // layout.pipeline
         self.optimizer = Optimizer(groups, ops.adamw, config.adam, world, config.model.num_layers, holders)
-        self.loss_scale = LossScale(config.grad_scaler, config.model.dtype)
         self._region = Region.of_mode(meshes.tensor, config.parallel.tensor.mode)
-        self._config = config
-        self._device = device
-        self._backward_clock = Stopwatch(device)
-        self._step_clock = Stopwatch(device)
         self._pipeline = None
         if layout.pipeline > 1:
             # Imported where needed: it takes about as long as the rest of torch.
@@ -88,50 +184,14 @@ class NativeEngine:
             around_backward = (self._backward_clock.start, self._backward_clock.stop)
             self._pipeline = Pipeline(config, layout, meshes, self.model, device, around_backward)
 
-    def train_step(self, step: int, batches: Sequence[Batch]) -> StepOutcome:
-        """One update from this rank's micro-batches; skipped where any rank's gradient is not finite."""
-        scale = self.loss_scale.scale
-        batches = [batch.to(self._device, non_blocking=True) for batch in batches]
-        metrics = StepMetrics(self._config.model.num_experts, batches)
-
-        def objective(batch: Batch, output: DecoderOutput | StageOutput) -> torch.Tensor | None:
-            loss = mean_loss(output, batch)
-            metrics.add(batch, output, loss)
-            if loss is None:
-                return None
-            return (loss + self._config.loss.moe_loss_coeff * output.aux_loss) * (scale / len(batches))
-
-        self.model.train()
-        self._step_clock.start()
+    def _accumulate(self, batches: Sequence[Batch], objective: "Consume") -> None:
         if self._pipeline is None:
-            self._accumulate(batches, objective)
+            self._accumulate_here(batches, objective)
         else:
             self._pipeline.train(batches, objective)
         tensor.sum_gradients(self.model, self._region)
-        self._step_clock.stop()
-        with span(OPTIMIZER):
-            layer_norms = self.optimizer.gradient_norms(scale)
-        norms = {group: math.hypot(*by_place) for group, by_place in layer_norms.items()}
-        finite = all(map(math.isfinite, norms.values()))
-        lr, second_beta = learning_rate(self._config, step), beta2(self._config, step)
-        if finite:
-            clip = clip_scale(norms, self._config.hybrid_zero_optimizer.clip_grad_norm)
-            with span(OPTIMIZER):
-                self.optimizer.step(lr=lr, beta2=second_beta, gradient_scale=clip / scale)
-        self.optimizer.clear_gradients()
-        self.loss_scale.update(finite)
-        return StepOutcome(
-            metrics=metrics,
-            gradient_norms=norms,
-            layer_gradient_norms=layer_norms,
-            learning_rate=lr,
-            beta2=second_beta,
-            loss_scale=scale,
-            forward_backward_seconds=self._step_clock.seconds(),
-            backward_seconds=self._backward_clock.seconds(),
-        )
 
-    def _accumulate(self, batches: Sequence[Batch], objective: "Consume") -> None:
+    def _accumulate_here(self, batches: Sequence[Batch], objective: "Consume") -> None:
         (decoder,) = self.model
         for number, batch in enumerate(batches):
             zero.begin_micro_batch(decoder, last=number == len(batches) - 1)
@@ -140,17 +200,13 @@ class NativeEngine:
             result.backward()
             self._backward_clock.stop()
 
-    def evaluate(self, batches: Sequence[Batch]) -> StepMetrics:
-        """The metrics of ``batches`` with evaluation's capacity and without noise; changes nothing."""
-        batches = [batch.to(self._device, non_blocking=True) for batch in batches]
-        metrics = StepMetrics(self._config.model.num_experts, batches)
+    def _update(self, lr: float, beta2: float, loss_scale: float) -> dict[str, list[float]]:
+        limit = self._config.hybrid_zero_optimizer.clip_grad_norm
+        norms = self.optimizer.clipped_step(lr=lr, beta2=beta2, loss_scale=loss_scale, limit=limit)
+        self.optimizer.clear_gradients()
+        return norms
 
-        def measure(batch: Batch, output: DecoderOutput | StageOutput) -> torch.Tensor | None:
-            loss = mean_loss(output, batch)
-            metrics.add(batch, output, loss)
-            return loss
-
-        self.model.eval()
+    def _evaluate(self, batches: Sequence[Batch], measure: "Consume") -> None:
         if self._pipeline is None:
             (decoder,) = self.model
             with torch.no_grad():
@@ -159,21 +215,20 @@ class NativeEngine:
         else:
             self._pipeline.evaluate(batches, measure)
         zero.drop_compute_copies(self.model)
-        return metrics
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything a checkpoint holds as tensors, by name; writing into them restores it."""
         model = {f"model.{name}": p.detach() for name, p in self.optimizer.parameters.items()}
         return model | {f"optimizer.{name}": t for name, t in self.optimizer.tensors().items()}
 
-    def state(self) -> dict[str, int | dict]:
-        """Everything else a checkpoint holds, as JSON can hold it."""
+    def take(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Nothing is left to do: ``tensors`` gives the engine's own."""
+
+    def state(self) -> dict[str, Any]:
         return {"updates": self.optimizer.updates, "loss_scale": self.loss_scale.state_dict()}
 
     def load_state(self, state: dict) -> None:
-        """Continue from ``state``; the tensors have been written into ``tensors()`` before."""
+        super().load_state(state)
         self.optimizer.updates = state["updates"]
-        self.loss_scale.load_state_dict(state["loss_scale"])
 
 
 def mean_loss(output: DecoderOutput | StageOutput, batch: Batch) -> torch.Tensor | None:

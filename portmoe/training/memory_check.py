@@ -3,7 +3,8 @@
 from portmoe.accelerator import Accelerator
 from portmoe.config import Config
 from portmoe.errors import BackendError
-from portmoe.model.memory import StateBytes, state_bytes
+from portmoe.model.memory import FP32_BYTES, StateBytes, state_bytes
+from portmoe.model.parameters import count_parameters
 from portmoe.parallel.layout import Layout
 from portmoe.parallel.stages import fullest_rank, rank_parameters
 from portmoe.training.ranks import Ranks
@@ -11,9 +12,28 @@ from portmoe.training.ranks import Ranks
 
 def state_of_rank(config: Config, layout: Layout) -> StateBytes:
     """Bytes of the weights, gradients and optimizer state of the rank that holds most."""
+    if config.trainer.engine == "deepspeed":
+        return _under_deepspeed(config, layout)
     parameters = rank_parameters(config, fullest_rank(config))
     tensor = 1 if config.parallel.tensor.mode == "isp" else layout.tensor
     return state_bytes(config, parameters, layout.zero1, layout.expert, layout.expert_shards, tensor)
+
+
+def _under_deepspeed(config: Config, layout: Layout) -> StateBytes:
+    """Weights are float32 too, see ``deepspeed_engine``. Not counted: what stage 3 gathers at a time."""
+    stage, whole = config.trainer.deepspeed.zero_stage, FP32_BYTES * count_parameters(config).total
+    shard = -(-whole // layout.data)
+    return StateBytes(
+        weights=shard if stage == 3 else whole,
+        masters=shard,
+        gradients=whole if stage == 1 else shard,
+        optimizer=2 * shard,
+    )
+
+
+def weights_dtype(config: Config) -> str:
+    """Of the weights a rank computes with, as it keeps them."""
+    return "float32" if config.trainer.engine == "deepspeed" else config.model.dtype
 
 
 def require_memory(config: Config, layout: Layout, accelerator: Accelerator, ranks: Ranks) -> None:

@@ -1,7 +1,7 @@
 """AdamW over the benchmark's parameter groups, with a gradient norm each and one clipping for all."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -63,6 +63,20 @@ class Optimizer:
         by_group = (squares.sqrt() / loss_scale).view(len(self.groups), self._places)
         return dict(zip(self.groups, by_group.tolist(), strict=True))
 
+    def clipped_step(
+        self, *, lr: float, beta2: float, loss_scale: float, limit: float
+    ) -> dict[str, list[float]]:
+        """One update with the total norm clipped to ``limit``, none where a gradient is not finite.
+
+        Returns:
+            The norms before clipping, as ``gradient_norms``.
+        """
+        norms = self.gradient_norms(loss_scale)
+        by_group = of_groups(norms)
+        if all(map(math.isfinite, by_group.values())):
+            self.step(lr=lr, beta2=beta2, gradient_scale=clip_scale(by_group, limit) / loss_scale)
+        return norms
+
     def step(self, *, lr: float, beta2: float, gradient_scale: float) -> None:
         """One update with gradients multiplied by ``gradient_scale`` (unscaling and clipping in one)."""
         gradients = [local(p.grad) for p in self.parameters.values()]
@@ -98,6 +112,11 @@ def place(parameter: str, layers: int) -> int:
     if first == "layers":
         return int(rest.partition(".")[0]) + 1
     return 0 if first == "embedding" else layers + 1
+
+
+def of_groups(layer_norms: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Group → norm, from the norms by place."""
+    return {group: math.hypot(*by_place) for group, by_place in layer_norms.items()}
 
 
 def clip_scale(norms: Mapping[str, float], limit: float) -> float:

@@ -13,7 +13,7 @@ from portmoe.model.step_cost import Cost, step_cost
 from portmoe.ops import Workload
 from portmoe.ops.ceiling import copy_bytes_per_second, matmul_flops
 from portmoe.training.attribution import OTHER, Usage, attribute
-from portmoe.training.engine import NativeEngine
+from portmoe.training.engine import Engine
 from portmoe.training.spans import WAITING
 
 FOLDER = "profile"
@@ -74,7 +74,7 @@ class StepProfile:
             raise TrainingError(f"cannot write the trace {self.path}: {error.strerror}") from error
 
 
-def least_work(engine: NativeEngine, workload: Workload, micro_batches: int) -> dict[str, Cost]:
+def least_work(engine: Engine, workload: Workload, micro_batches: int) -> dict[str, Cost]:
     """What each part of a step of ``engine`` cannot do without."""
     blocks = [module for module in engine.model.modules() if isinstance(module, Block)]
     moe_layers = sum(block.is_moe for block in blocks)

@@ -26,7 +26,8 @@ from portmoe.parallel.stages import describe
 from portmoe.parallel.workload import workload_of
 from portmoe.training import launch, provenance
 from portmoe.training.checkpoint import Checkpointer
-from portmoe.training.engine import NativeEngine
+from portmoe.training.engine import Engine
+from portmoe.training.engines import build_engine
 from portmoe.training.interrupt import Interrupt
 from portmoe.training.memory_check import require_memory
 from portmoe.training.operations import choose_operations
@@ -108,7 +109,7 @@ def _train_in(session: Session, interrupt: Interrupt, stack: ExitStack) -> None:
     if session.profile:
         ops = marked_operations(ops)
     pool = session.accelerator.memory.pool
-    engine = NativeEngine(config, layout, ops, meshes, device, world, pool)
+    engine = build_engine(config, layout, ops, meshes, device, world, pool)
     checkpointer = Checkpointer(run.checkpoints, config.ckpt.keep, config.ckpt.async_upload, checkpoint_group)
     stack.callback(checkpointer.close)
     progress = starting_point(run, config, layout, engine, checkpointer, checkpoint_group, notes.append)
@@ -168,7 +169,7 @@ def _train_in(session: Session, interrupt: Interrupt, stack: ExitStack) -> None:
         )
 
 
-def _profile(session: Session, engine: NativeEngine, progress: Progress) -> StepProfile | None:
+def _profile(session: Session, engine: Engine, progress: Progress) -> StepProfile | None:
     """Where the run is to be profiled. Marks the model's modules."""
     steps = session.config.data.total_steps - progress.step
     if not session.profile or steps < 1:

@@ -9,7 +9,7 @@ from portmoe.config import Config
 from portmoe.errors import ConfigError
 from portmoe.parallel.layout import Layout
 from portmoe.training.checkpoint import Checkpointer, read
-from portmoe.training.engine import NativeEngine
+from portmoe.training.engine import Engine
 from portmoe.training.run_directory import RunDirectory
 from portmoe.training.trainer import Progress
 
@@ -18,7 +18,7 @@ def starting_point(
     run: RunDirectory,
     config: Config,
     layout: Layout,
-    engine: NativeEngine,
+    engine: Engine,
     checkpointer: Checkpointer,
     group: dist.ProcessGroup,
     log: Callable[[str], None],
@@ -34,9 +34,11 @@ def starting_point(
         TrainingError: no checkpoint there can be read.
     """
     if run.resuming:
-        found = checkpointer.resume(engine.tensors(), log)
+        tensors = engine.tensors()
+        found = checkpointer.resume(tensors, log)
         if found is not None:
             _, state = found
+            engine.take(tensors)
             engine.load_state(state["engine"])
             return _continued(state["progress"], layout)
     source = config.ckpt.load_ckpt_info
@@ -50,7 +52,7 @@ def _from_other_run(
     checkpoint: Path,
     content: Collection[str],
     layout: Layout,
-    engine: NativeEngine,
+    engine: Engine,
     group: dist.ProcessGroup,
 ) -> Progress:
     """Take the parts named by ``ckpt.load_ckpt_info.content``.
@@ -61,6 +63,7 @@ def _from_other_run(
     kinds = tuple(f"{kind}." for kind in ("model", "optimizer") if everything or kind in content)
     tensors = {name: tensor for name, tensor in engine.tensors().items() if name.startswith(kinds)}
     state = read(checkpoint, tensors, group, subset=True)
+    engine.take(tensors)
     if everything or "optimizer" in content:
         engine.load_state(state["engine"])
     if everything or {"sampler", "scheduler"} & set(content):

@@ -12,7 +12,7 @@ from portmoe.config import Config, parse_step_ranges
 from portmoe.data.loader import DataStream
 from portmoe.parallel.layout import Layout
 from portmoe.training.checkpoint import Checkpointer
-from portmoe.training.engine import NativeEngine, StepOutcome
+from portmoe.training.engine import Engine, StepOutcome
 from portmoe.training.interrupt import Interrupt
 from portmoe.training.log_line import StepResult, perplexity, step_record
 from portmoe.training.metrics import StepTotals
@@ -46,7 +46,7 @@ class Trainer:
         config: Config,
         layout: Layout,
         accelerator: Accelerator,
-        engine: NativeEngine,
+        engine: Engine,
         train: DataStream,
         valid: DataStream | None,
         checkpointer: Checkpointer | None,

@@ -106,7 +106,7 @@ def test_a_reader_that_goes_away_leaves_no_traceback():
         ["train", "--set", "data.global_batch_size=7"],
         ["train", "--set", "parallel.tensor.size=2"],
         ["train", "--set", "parallel.pipeline.size=2"],
-        ["train", "--set", "trainer.engine=deepspeed"],
+        ["train", "--set", "trainer.engine=deepspeed", "--set", "parallel.expert.size=2"],
         ["train", "--set", "parallel.expert.size=2"],
         ["train", "--backend"],
         ["train", "--backend", ""],

@@ -4,14 +4,7 @@ import pytest
 
 import portmoe
 from portmoe.errors import ConfigError
-from portmoe.parallel import layout
 from portmoe.parallel.layout import Layout, most_ranks
-
-
-@pytest.fixture
-def everything_built(monkeypatch):
-    """The arithmetic of layouts that the trainer refuses for now."""
-    monkeypatch.setattr(layout, "ALLOWED_TODAY", {})
 
 
 def plan(world, *overrides, config="tiny_moe4"):
@@ -87,7 +80,6 @@ def test_experts_over_more_ranks_than_there_are():
     assert "parallel.expert.size=4 must divide the group of 2 ranks" in refusal(2, "parallel.expert.size=4")
 
 
-@pytest.mark.usefixtures("everything_built")
 def test_a_composed_layout():
     planned = plan(
         64,
@@ -132,14 +124,12 @@ def test_isp_cuts_neither_vocabulary_nor_width():
     assert plan(4, *ISP, "parallel.tensor.size=4", "model.vocab_size=1023").sequence == 4
 
 
-@pytest.mark.usefixtures("everything_built")
 def test_ranks_that_do_not_divide():
     message = refusal(7, "parallel.pipeline.size=2", "parallel.tensor.size=2")
     assert "= 4 does not divide the 7 ranks; use 4 or 8 ranks" in message
     assert "use 4 ranks" in refusal(3, "parallel.pipeline.size=2", "parallel.tensor.size=2")
 
 
-@pytest.mark.usefixtures("everything_built")
 def test_fewer_micro_batches_than_stages():
     sizes = ("parallel.pipeline.size=4", "model.num_layers=4", "data.global_batch_size=null")
     message = refusal(4, *sizes, "data.micro_num=2")
@@ -185,14 +175,6 @@ def test_a_global_batch_over_the_limit(world, batch, fix):
     assert f"the global batch of {batch} sequences" in message
     assert "is over data.max_global_batch_size=512" in message
     assert message.endswith(fix)
-
-
-@pytest.mark.parametrize("key", sorted(layout.ALLOWED_TODAY))
-def test_a_layout_that_is_not_built_is_refused_by_name(key):
-    other = {
-        "trainer.engine": ["trainer.engine=deepspeed"],
-    }.get(key, [f"{key}=2"])
-    assert f"{key}={other[-1].partition('=')[2]}".replace("deepspeed", "'deepspeed'") in refusal(2, *other)
 
 
 @pytest.mark.parametrize("world", [0, -1])
