@@ -95,7 +95,7 @@ def read_assignments(text: str, source: str) -> Assignments:
         ) from None
     except (RecursionError, MemoryError):
         raise ConfigError(f"{source}: nested too deeply to be a config; {ALLOWED}") from None
-    except ValueError as error:  # a NUL character
+    except ValueError as error:  # a NUL character, before Python 3.12
         raise ConfigError(f"{source}: not valid Python: {error}") from None
     reader = _Reader(text)
     for statement in tree.body:

@@ -172,6 +172,7 @@ def test_values_are_those_python_computes(expression):
         ("model = dict(hidden_size=SIZE)", "SIZE is not assigned"),
         ("model = dict(hidden_size=2**99999)", "too large"),
         ("model = dict(hidden_size=10**300**2)", "too large"),
+        ("model = dict(hidden_size=9**9**9)", "too large"),
         ("model = dict(hidden_size=1 / 0)", "zero"),
         ("model = dict(hidden_size=int(1e999))", "infinity"),
         ("model = dict(hidden_size=float(10**308 * 10))", "too large"),
