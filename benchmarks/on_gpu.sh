@@ -5,7 +5,7 @@
 # All output goes to FOLDER; a part that fails does not stop the others. Exit code 1 if one failed.
 #   PARTS="check-env validate"   only these parts
 #   TINY="data.total_steps=20"   more settings of the tiny_moe4 runs, separated by spaces
-#   SLICE="model.num_layers=1"   more settings of the runs of two layers of 7b_moe4 (25 GiB on the device and on the host)
+#   SLICE="model.num_layers=1"   more settings of the runs of two layers of 7b_moe4 (30 GiB on device and host)
 #   PYTHON, NPROC, LAYERS, CHECKPOINT: as benchmarks/gpu.sh takes them
 set -uo pipefail
 
