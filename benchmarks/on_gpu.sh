@@ -12,7 +12,7 @@ set -uo pipefail
 backend=${1:-auto}
 folder=${2:-gpu-results}
 python=${PYTHON:-python}
-all="check-env validate tests tiny_moe4 7b_moe4-slice benchmarks"
+all="check-env validate tests tiny_moe4 7b_moe4-slice bisect benchmarks"
 parts=${PARTS:-$all}
 failed=()
 mkdir -p "$folder"
@@ -58,6 +58,7 @@ run_part() {
         same_run 7b_moe4-slice 7b_moe4 model.num_layers=2 model.dtype=float32 data.micro_bsz=1 data.micro_num=1 \
             data.total_steps=5 data.valid_every=0 ${SLICE:-}
         ;;
+    bisect) step bisect portmoe bisect --reference cpu --backend "$backend" --out "$folder/bisect.json" ;;
     benchmarks) step benchmarks benchmarks/gpu.sh "$backend" "$folder/benchmarks" ;;
     *)
         echo "error: PARTS names $1; there are: $all" >&2

@@ -10,7 +10,7 @@ import pytest
 from guides import EXAMPLE, FOLDER, LANGUAGES, blocks
 
 GUIDES = {language: FOLDER / language / "new-vendor.md" for language in LANGUAGES}
-CHECK_SWIGLU = """
+CHECK_NORM = """
 import json, torch
 from portmoe.accelerator import get_accelerator
 from portmoe.ops import OPERATIONS
@@ -20,28 +20,29 @@ backend = get_accelerator("newvendor")
 own = [i for i in backend.ops.implementations() if i.name == "newvendor"]
 
 def statuses(dtypes):
-    checks = check_operation(OPERATIONS["swiglu"], own, backend.open(0), 0, dtypes)
-    return [c.status for c in checks if c.subject == "swiglu.newvendor"]
+    checks = check_operation(OPERATIONS["rms_norm"], own, backend.open(0), 0, dtypes)
+    return [c.status for c in checks if c.subject == "rms_norm.newvendor"]
 
 healthy = statuses((torch.float32, torch.bfloat16))
-right = runtime.swiglu_backward
+right = runtime.rms_norm_backward
 def wrong(*arguments):
-    gate, up = right(*arguments)
-    return gate * 1.01, up
-runtime.swiglu_backward = wrong
+    grad_x, grad_weight = right(*arguments)
+    return 1.01 * grad_x, grad_weight
+runtime.rms_norm_backward = wrong
 print(json.dumps({"healthy": healthy, "faulty": statuses((torch.float32,))}))
 """
+SLOW = ("portmoe validate", "portmoe bisect")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The folder after everything but the last command, which validates the whole backend."""
+    """The folder after every command but the last ones, which validate the whole backend."""
     folder = tmp_path_factory.mktemp("newvendor")
     for block in blocks(GUIDES["en"]):
         if block.file:
             path = folder / block.file
             path.write_text(block.text, encoding="utf-8")  # its folder must have been made by a command
-        elif block.language == "sh" and "portmoe validate" not in block.text:
+        elif block.language == "sh" and not block.text.startswith(SLOW):
             done = run(folder, ["bash", "-euo", "pipefail", "-c", block.text])
             assert done.returncode == 0, done.stdout + done.stderr
             with (folder / "output").open("a") as output:
@@ -84,9 +85,9 @@ def test_the_example_is_what_the_guide_makes():
 def test_the_guide_ends_with_a_backend_that_trains(folder):
     output = (folder / "output").read_text()
     assert "newvendor: can train on this machine" in output
-    assert "swiglu=newvendor" in output
+    assert "rms_norm=newvendor" in output
     record = json.loads((folder / "runs" / "newvendor" / "ops.json").read_text())
-    assert record["swiglu"]["chosen"] == "newvendor"
+    assert record["rms_norm"]["chosen"] == "newvendor"
     own, cpu = (
         [json.loads(line)["loss"] for line in (folder / "runs" / name / "metrics.jsonl").open()]
         for name in ("newvendor", "cpu")
@@ -97,7 +98,7 @@ def test_the_guide_ends_with_a_backend_that_trains(folder):
 
 @pytest.mark.timeout(600)
 def test_its_fused_operation_conforms_and_a_wrong_gradient_is_caught(folder):
-    done = run(folder, [sys.executable, "-c", CHECK_SWIGLU])
+    done = run(folder, [sys.executable, "-c", CHECK_NORM])
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert len(found["healthy"]) >= 8
@@ -105,13 +106,32 @@ def test_its_fused_operation_conforms_and_a_wrong_gradient_is_caught(folder):
     assert "fail" in found["faulty"]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 @pytest.mark.slow
-def test_the_guides_last_command_validates_the_whole_backend(folder):
-    (last,) = [b.text for b in blocks(GUIDES["en"]) if b.language == "sh" and "portmoe validate" in b.text]
-    done = run(folder, ["bash", "-euo", "pipefail", "-c", last])
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_the_guides_last_commands_find_nothing_wrong(folder):
+    last = [b.text for b in blocks(GUIDES["en"]) if b.language == "sh" and b.text.startswith(SLOW)]
+    assert len(last) == len(SLOW)
+    for commands in last:
+        done = run(folder, ["bash", "-euo", "pipefail", "-c", commands])
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "every operation and the whole model agree" in done.stdout
     report = json.loads((folder / "report" / "report.json").read_text())
     assert report["passed"]
     assert report["backend"] == "newvendor"
     assert (folder / "report" / "report.html").exists()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.slow
+def test_bisect_names_the_wrong_gradient_as_the_guide_says(folder):
+    runtime = folder / "site" / "portmoe_newvendor" / "runtime.py"
+    right = runtime.read_text()
+    wrong = right.replace("return grad_x, (grad", "return 1.01 * grad_x, (grad")
+    assert wrong != right
+    runtime.write_text(wrong)
+    try:
+        done = run(folder, ["portmoe", "bisect", "--reference", "cpu", "--backend", "newvendor"])
+    finally:
+        runtime.write_text(right)
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert "rms_norm.newvendor" in done.stdout

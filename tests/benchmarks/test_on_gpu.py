@@ -50,12 +50,9 @@ def test_every_part_runs(run, tmp_path):
     assert code == 0, printed
     assert "everything passed" in printed
     said = "\n".join(calls)
-    for wanted in (
-        "check-env --backend someone",
-        "validate --backend someone",
-        "pytest",
-        "benchmarks/peak.py",
-    ):
+    for wanted in ("check-env", "validate", "bisect --reference cpu"):
+        assert f"{wanted} --backend someone" in said
+    for wanted in ("pytest", "benchmarks/peak.py"):
         assert wanted in said
     for name, config in (("tiny_moe4", "tiny_moe4"), ("7b_moe4-slice", "7b_moe4")):
         runs = {device: tmp_path / "out" / name / device for device in ("cpu", "someone")}

@@ -5,24 +5,25 @@ from typing import Any
 import torch
 
 
-class _Swiglu(torch.autograd.Function):
+class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_TF: torch.Tensor, up_TF: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
         from portmoe_newvendor import runtime
 
-        gate_TF, up_TF = gate_TF.contiguous(), up_TF.contiguous()
-        ctx.save_for_backward(gate_TF, up_TF)
-        return runtime.swiglu(gate_TF, up_TF)
+        x_TH, weight_H = x_TH.contiguous(), weight_H.contiguous()
+        y_TH, rstd_T1 = runtime.rms_norm(x_TH, weight_H, eps)
+        ctx.save_for_backward(x_TH, weight_H, rstd_T1)
+        return y_TH
 
     @staticmethod
-    def backward(ctx: Any, grad_TF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         from portmoe_newvendor import runtime
 
-        gate_TF, up_TF = ctx.saved_tensors
-        grads = runtime.swiglu_backward(grad_TF.contiguous(), gate_TF, up_TF)
-        return grads[0].to(gate_TF.dtype), grads[1].to(up_TF.dtype)
+        x_TH, weight_H, rstd_T1 = ctx.saved_tensors
+        grad_x, grad_weight = runtime.rms_norm_backward(grad_TH.contiguous(), x_TH, weight_H, rstd_T1)
+        return grad_x.to(x_TH.dtype), grad_weight.to(weight_H.dtype), None
 
 
-def swiglu(gate_TF: torch.Tensor, up_TF: torch.Tensor) -> torch.Tensor:
-    """The contract is in portmoe/ops/swiglu.py."""
-    return _Swiglu.apply(gate_TF, up_TF)
+def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+    """The contract is in portmoe/ops/rms_norm.py."""
+    return _RmsNorm.apply(x_TH, weight_H, eps)

@@ -13,10 +13,10 @@ from portmoe_newvendor import fused
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _swiglu_supports(workload: Workload) -> str | None:
+def _rms_norm_supports(workload: Workload) -> str | None:
     """None, or why this workload has to take another implementation."""
     if workload.dtype not in DTYPES:
-        return f"the fused swiglu has no {workload.dtype}"
+        return f"the fused rms_norm has no {workload.dtype}"
     return None
 
 
@@ -24,5 +24,5 @@ class NewvendorOperations(Operations):
     """The vendor's own, then torch's fast paths that its plug-in has kernels for."""
 
     def implementations(self) -> Sequence[Implementation]:
-        own = Implementation("swiglu", "newvendor", fused.swiglu, _swiglu_supports)
+        own = Implementation("rms_norm", "newvendor", fused.rms_norm, _rms_norm_supports)
         return [own, *torch_native.ALL]

@@ -29,17 +29,18 @@ def synchronize() -> None:
     """Nothing to wait for."""
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The fused kernel: dense arguments only, float32 inside, one rounding. It has no gradients."""
-    wide = gate.detach().float()
-    return (wide * torch.sigmoid(wide)).mul_(up.detach().float()).to(gate.dtype)
+    wide = x.detach().float()
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * rstd * weight.detach().float()).to(x.dtype), rstd
 
 
-def swiglu_backward(
-    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+def rms_norm_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The fused kernel's other half: the gradients of gate and up."""
-    grad, gate, up = grad.float(), gate.detach().float(), up.detach().float()
-    sigmoid = torch.sigmoid(gate)
-    grad_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
-    return grad_gate, grad * gate * sigmoid
+    """The fused kernel's other half: the gradients of x and weight, in float32."""
+    normed, grad = x.detach().float() * rstd, grad.float()
+    scaled = grad * weight.detach().float()
+    grad_x = rstd * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+    return grad_x, (grad * normed).reshape(-1, x.shape[-1]).sum(0)
