@@ -36,7 +36,8 @@ def bisect(
     """
     seeded = () if seed is None else (f"run.seed={seed}",)
     config = load_config(name, [*overrides, *seeded])
-    find(reference)
+    if reference != AUTO:
+        find(reference)
     prepare(backend)
     from portmoe.validation import bisect_report
     from portmoe.validation.bisect import bisect as walk

@@ -62,16 +62,15 @@ JOBS = {
 EXTRA = {"measured": ["ops.select=measure"]}
 
 
-def train_all(backend, folder, names, environment):
+def job(name):
+    """One of ``JOBS`` as ``train_worker`` takes it."""
+    model, faults = JOBS[name]
+    settings = [*SMALL, "ckpt.enable_save_ckpt=false", *MODELS[model], *EXTRA.get(name, [])]
+    return {"name": name, "config": settings, "faults": faults}
+
+
+def train_all(backend, folder, jobs, environment):
     """Each of these jobs in turn, in one process."""
-    jobs = [
-        {
-            "name": name,
-            "config": [*SMALL, "ckpt.enable_save_ckpt=false", *MODELS[JOBS[name][0]], *EXTRA.get(name, [])],
-            "faults": JOBS[name][1],
-        }
-        for name in names
-    ]
     command = [sys.executable, str(HERE / "train_worker.py"), backend, str(folder)]
     done = subprocess.run(
         command, input=json.dumps(jobs), env=environment, capture_output=True, text=True, timeout=560
@@ -82,12 +81,12 @@ def train_all(backend, folder, names, environment):
 
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory):
-    return train_all("cpu", tmp_path_factory.mktemp("cpu"), MODELS, None)
+    return train_all("cpu", tmp_path_factory.mktemp("cpu"), list(map(job, MODELS)), None)
 
 
 @pytest.fixture(scope="module")
 def on_npu(tmp_path_factory, simulated):
-    return train_all("npu", tmp_path_factory.mktemp("npu"), JOBS, simulated)
+    return train_all("npu", tmp_path_factory.mktemp("npu"), list(map(job, JOBS)), simulated)
 
 
 def steps(run):
@@ -214,6 +213,22 @@ def test_tiny_moe4_itself(tmp_path, simulated):
         return losses(path)
 
     assert run("npu", simulated) == pytest.approx(run("cpu", None), rel=EXACT)
+
+
+@pytest.mark.slow
+def test_tiny_moe4_on_four_ranks_in_a_pipeline_and_on_from_its_checkpoint(tmp_path, simulated):
+    def run(path, backend, ranks, environment, *settings):
+        settings = [*settings, f"run.directory={path}", "lr_scheduler.total_steps=10"]
+        sets = [part for setting in settings for part in ("--set", setting)]
+        return portmoe(["train", "--backend", backend, "--nproc", str(ranks), *sets], environment)
+
+    split, whole = tmp_path / "split", tmp_path / "whole"
+    four = run(split, "npu", 4, simulated, "parallel.pipeline.size=2", "data.total_steps=3")
+    assert "optimizer state over 2" in four
+    run(split, "npu", 1, simulated, "data.total_steps=5")
+    run(whole, "cpu", 1, None, "data.total_steps=5", "ckpt.enable_save_ckpt=false")
+    assert len(losses(whole)) == 5
+    assert losses(split) == pytest.approx(losses(whole), rel=EXACT)
 
 
 def test_check_env_tries_it_and_says_that_it_is_simulated(simulated):
