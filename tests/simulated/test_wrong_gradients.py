@@ -5,28 +5,25 @@ bisect say of every function is asked in ``on_device/test_wrong_gradients.py``.
 """
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 from test_training import FUSED, MODELS, SMALL, losses, train_all
 
+from portmoe.cli.main import run as command
 from portmoe.validation.comparison import compare, read_run
 
 pytestmark = pytest.mark.timeout(600)
 
 STEPS = 6
 SHORT = [f"data.total_steps={STEPS}", "lr_scheduler.total_steps=12", "ckpt.enable_save_ckpt=false"]
-QUICK = {"npu_rms_norm", "npu_grouped_matmul"}  # flagged in the default run; the others with -m slow
+QUICK = ["npu_rms_norm", "npu_grouped_matmul"]
 # Queries and keys carry little gradient before attention has learnt something: from trained weights.
-TRAINED = {"npu_rotary_mul"}
+TRAINED = ["npu_rotary_mul"]
 STEPS_BEFORE = 60
-NAMES = [name for name in FUSED if name != "npu_apply_adam_w"]  # it has no gradient
-
-
-def marked(names):
-    return [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in names]
+# The optimizer's function has no gradient.
+OTHERS = [name for name in FUSED if name not in (*QUICK, *TRAINED, "npu_apply_adam_w")]
 
 
 def job(name, settings, *faults):
@@ -52,43 +49,44 @@ def trained(tmp_path_factory):
     return folder / "before" / "checkpoints" / f"step-{STEPS_BEFORE:08d}"
 
 
-@pytest.mark.parametrize("name", marked(NAMES))
-def test_compare_flags_the_run_although_its_loss_looks_fine(name, tmp_path, simulated, request):
-    start = request.getfixturevalue("trained") if name in TRAINED else None
-    cpu = train_all("cpu", tmp_path / "cpu", [short(name, start=start)], None) / name
-    npu = train_all("npu", tmp_path / "npu", [short(name, f"gradient:{name}:1.01", start=start)], simulated)
-    right, wrong = read_run(cpu), read_run(npu / name)
-    assert losses(npu / name) == pytest.approx(losses(cpu), rel=1e-3)
-    found = compare(right, wrong)
-    apart = [j.distance.label for j in found.quantities if j.left_at is not None]
-    assert any(label.startswith("gradient norm") for label in apart)
-    done = portmoe("compare", cpu, npu / name, "--out", tmp_path / "page.html", environment=simulated)
-    assert done.returncode == 4, done.stdout + done.stderr
-    assert f"the runs part at step {found.left_at}: " in done.stdout
-    assert "<svg" in (tmp_path / "page.html").read_text()
-
-
-@pytest.mark.slow
-def test_compare_flags_no_right_run_from_trained_weights(tmp_path, simulated, trained):
-    jobs = [short("npu_rotary_mul", start=trained)]
-    cpu, npu = (
-        train_all(backend, tmp_path / backend, jobs, environment) / "npu_rotary_mul"
-        for backend, environment in (("cpu", None), ("npu", simulated))
-    )
-    assert compare(read_run(cpu), read_run(npu)).passed
+@pytest.mark.parametrize(
+    "names",
+    [QUICK, pytest.param(OTHERS, marks=pytest.mark.slow), pytest.param(TRAINED, marks=pytest.mark.slow)],
+    ids=" ".join,
+)
+def test_compare_flags_the_run_although_its_loss_looks_fine(names, tmp_path, simulated, request, capsys):
+    start = request.getfixturevalue("trained") if names == TRAINED else None
+    right = [short(name, start=start) for name in names]
+    wrong = [short(name, f"gradient:{name}:1.01", start=start) for name in names]
+    on_cpu = train_all("cpu", tmp_path / "cpu", right, None)
+    on_npu = train_all("npu", tmp_path / "npu", [*wrong, right[0] | {"name": "right"}], simulated)
+    assert compare(read_run(on_cpu / names[0]), read_run(on_npu / "right")).passed
+    for name in names:
+        cpu, npu = on_cpu / name, on_npu / name
+        assert losses(npu) == pytest.approx(losses(cpu), rel=1e-3)
+        found = compare(read_run(cpu), read_run(npu))
+        apart = [j.distance.label for j in found.quantities if j.left_at is not None]
+        assert any(label.startswith("gradient norm") for label in apart), name
+        with pytest.raises(SystemExit) as ended:
+            command(["compare", str(cpu), str(npu), "--out", str(tmp_path / "page.html")])
+        assert ended.value.code == 4
+        assert f"the runs part at step {found.left_at}: " in capsys.readouterr().out
+        assert "<svg" in (tmp_path / "page.html").read_text()
 
 
 def portmoe(*arguments, environment, fault=None):
     planted = {"SIMULATED_NPU_FAULTS": fault} if fault else {}
-    command = [sys.executable, "-m", "portmoe", *map(str, arguments)]
-    return subprocess.run(command, env=environment | planted, capture_output=True, text=True, timeout=560)
+    typed = [sys.executable, "-m", "portmoe", *map(str, arguments)]
+    return subprocess.run(typed, env=environment | planted, capture_output=True, text=True, timeout=560)
 
 
 def sets(settings):
     return [part for setting in settings for part in ("--set", setting)]
 
 
-@pytest.mark.parametrize("name", marked(FUSED))
+@pytest.mark.parametrize(
+    "name", [QUICK[0], *(pytest.param(n, marks=pytest.mark.slow) for n in FUSED if n != QUICK[0])]
+)
 def test_bisect_names_it(name, tmp_path, simulated):
     model, op, instead = FUSED[name]
     kind = "wrong" if op == "adamw" else "gradient"
@@ -99,8 +97,16 @@ def test_bisect_names_it(name, tmp_path, simulated):
     assert f"ops.disable: [{op}.{name}] ({op}.{instead} computes" in done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert {(d["operation"], d["implementation"]) for d in report["defects"]} == {(op, name)}
-    repaired = [*options, "--set", f"ops.disable=[{op}.{name}]"]
-    done = portmoe("bisect", *repaired, environment=simulated, fault=f"{kind}:{name}:1.01")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FUSED)
+def test_with_it_switched_off_everything_agrees(name, simulated):
+    model, op, _ = FUSED[name]
+    settings = [*SMALL, *MODELS[model], f"ops.disable=[{op}.{name}]"]
+    kind = "wrong" if op == "adamw" else "gradient"
+    options = ["--backend", "npu", *sets(settings)]
+    done = portmoe("bisect", *options, environment=simulated, fault=f"{kind}:{name}:1.01")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -109,10 +115,10 @@ def test_bisect_names_it(name, tmp_path, simulated):
 def test_validate_fails_it(name, tmp_path, simulated):
     fault = name and f"{'wrong' if name == 'npu_apply_adam_w' else 'gradient'}:{name}:1.01"
     options = ("--backend", "npu", "--out", tmp_path)
-    done = portmoe("validate", *options, environment=dict(os.environ, **simulated), fault=fault)
+    done = portmoe("validate", *options, environment=simulated, fault=fault)
     assert done.returncode == (4 if name else 0), done.stdout + done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     failed = {check["subject"] for check in report["checks"] if check["status"] == "fail"}
-    wrong = {f"{op}.{name}" for op in ("expert_ffn", FUSED[name][1])} if name else set()
-    wrong = {subject for subject in wrong if not subject.startswith("expert_ffn.") or "grouped" in subject}
+    static = {"expert_ffn.npu_grouped_matmul"} if name == "npu_grouped_matmul" else set()
+    wrong = {f"{FUSED[name][1]}.{name}"} | static if name else set()
     assert failed - {"reference run"} == wrong
