@@ -46,7 +46,7 @@ class Call:
     """One call of an operation inside the model.
 
     Attributes:
-        place: the module that made it, as in "layers.0.attention".
+        place: the module that made it, as in "layers.0.attention", or "decoder" itself.
         sample: its arguments, detached; those that were differentiable require gradients.
         outputs: the tensors it returned, detached, by name.
         upstream: the gradients that came back to them; nothing where none did.
@@ -61,7 +61,7 @@ class Call:
     @property
     def name(self) -> str:
         """As in "layers.0.attention: rotary"."""
-        return f"{self.place or 'decoder'}: {self.operation.name}"
+        return f"{self.place}: {self.operation.name}"
 
 
 class Recorder:
@@ -78,7 +78,7 @@ class Recorder:
             if isinstance(getattr(module, "ops", None), OpTable):
                 module.ops = OpTable(
                     {
-                        name: partial(self._record, place, operation, getattr(table, name))
+                        name: partial(self._record, place or "decoder", operation, getattr(table, name))
                         for name, operation in OPERATIONS.items()
                     },
                     table.choices,
