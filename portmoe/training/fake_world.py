@@ -102,27 +102,32 @@ def _dropping(gating: Callable[..., Routing]) -> Callable[..., Routing]:
 
 def _step(config: Config, layout: Layout, meshes: Meshes) -> Traffic:
     """One step's traffic: of each stage's ends, and of its layers, of which those of one kind are alike."""
-    traffic = Traffic()
+    traffic, sums = Traffic(), Traffic()
     for stage in stages_of(config, meshes.pipeline.get_local_rank()):
         kinds: dict[tuple[bool, bool], list[int]] = {}
         for layer in stage.layers:
             kind = (config.model.is_moe_layer(layer), layer < config.model.checkpointed_layers)
             kinds.setdefault(kind, []).append(layer)
         one_of_each = [layers[0] for layers in kinds.values()]
-        base = _stage_step(config, layout, meshes, replace(stage, layers=one_of_each))
-        traffic.add_all(base)
-        for layers in kinds.values():
-            if len(layers) > 1:
-                longer = replace(stage, layers=[*one_of_each, layers[1]])
-                traffic.add_all(_stage_step(config, layout, meshes, longer), len(layers) - 1)
-                traffic.add_all(base, 1 - len(layers))
+        longer = {layers[1]: len(layers) - 1 for layers in kinds.values() if len(layers) > 1}
+        parts = [(one_of_each, 1 - sum(longer.values()))]
+        parts += [([*one_of_each, layer], times) for layer, times in longer.items()]
+        for layers, times in parts:
+            of_passes, of_sum = _stage_step(config, layout, meshes, replace(stage, layers=layers))
+            traffic.add_all(of_passes, times)
+            sums.add_all(of_sum, times)
+    for (kind, group), size in sums.bytes.items():
+        traffic.add(kind, group, size)  # one call for the gradients of all stages here
     if layout.pipeline > 1:
         _add_stage_messages(traffic, config, layout, meshes)
     return traffic
 
 
-def _stage_step(config: Config, layout: Layout, meshes: Meshes, stage: Stage) -> Traffic:
-    """The traffic of a stage: the first micro-batch, one that stands for all those between, the last."""
+def _stage_step(config: Config, layout: Layout, meshes: Meshes, stage: Stage) -> tuple[Traffic, Traffic]:
+    """The traffic of a stage's micro-batches, and of ``sum_gradients`` after them.
+
+    The first micro-batch is run, one that stands for all those between, and the last.
+    """
     traffic, between = Traffic(), layout.micro_num - 2
     with unset_fake_temporarily():  # cutting a mesh looks at the ranks in it
         (decoder,) = build(config, _table(layout), meshes, [stage])
@@ -134,8 +139,7 @@ def _stage_step(config: Config, layout: Layout, meshes: Meshes, stage: Stage) ->
     traffic.add_all(_pass(config, layout, decoder, last=True))
     with Counted() as counted:
         sum_gradients(decoder, Region.of_mode(meshes.tensor, config.parallel.tensor.mode))
-    traffic.add_all(counted.traffic)
-    return traffic
+    return traffic, counted.traffic
 
 
 def _pass(config: Config, layout: Layout, decoder: Decoder, last: bool) -> Traffic:

@@ -9,12 +9,14 @@ from test_layouts import (
     ISP,
     LAYERS4,
     MIXED,
+    MSP,
     NO_EP,
     OVERLAP,
     POOL,
     PP2,
     PP4,
     REPLICAS,
+    SUBSETS,
     TP2,
     WEIGHT2,
 )
@@ -45,7 +47,13 @@ LAYOUTS = {
     ),
     "ep2 of dp4 fsdp": (4, ["parallel.expert.size=2", FSDP]),
     "dp2 pp2, experts not spread": (4, [PP2, "parallel.expert.size=1", *MIXED]),
+    "mtp2": (2, [TP2, *MIXED]),
+    "mtp2 ep2 fsdp": (4, [TP2, FSDP, *DENSE_TOO]),
+    "msp2 pp2 interleaved": (4, [TP2, MSP, PP2, CHUNKS2, "model.num_layers=6"]),
     "fsp2 ep2": (4, [TP2, FSP, *DENSE_TOO]),
+    "mtp2 pp2 dp2, subsets": (8, [TP2, PP2, NO_EP, SUBSETS, *MIXED]),
+    "msp2 pp2 ep2 interleaved": (8, [TP2, MSP, PP2, CHUNKS2, *DENSE_TOO, *LAYERS4]),
+    "ep4 of dp8 fsdp": (8, ["parallel.expert.size=4", FSDP]),
     "isp2 bfloat16": (2, [TP2, ISP, BF16, *DENSE_TOO]),
     "isp2 dp2, weights over 2": (4, [TP2, ISP, WEIGHT2, REPLICAS, NO_EP, *MIXED]),
     "isp2 pp2, weights over 2": (4, [TP2, ISP, WEIGHT2, AHEAD, POOL, PP2, *LAYERS4]),
@@ -76,7 +84,12 @@ def communicated(directory, *overrides) -> list[tuple[str, str, int, int]]:
     return steps[-1]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+SLOW = {"mtp2 pp2 dp2, subsets", "msp2 pp2 ep2 interleaved", "ep4 of dp8 fsdp"}  # 8 ranks
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in LAYOUTS]
+)
 def test_the_dry_run_counts_what_real_ranks_communicate(name, world, tmp_path):
     ranks, keys = LAYOUTS[name]
     config = portmoe.load_config("tiny_moe4", (*MODEL, *keys))
