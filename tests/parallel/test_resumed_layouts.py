@@ -1,17 +1,24 @@
-"""Checkpoints of layouts that split sequences and weights, resumed in others."""
+"""Checkpoints saved in one layout, resumed in another: the losses are those of one process throughout."""
+
+import shutil
 
 import pytest
 from test_layouts import (
     AHEAD,
+    CHUNKS2,
     FSDP,
     FSP,
     ISP,
     LAYERS4,
     MSP,
+    NO_EP,
+    OVERLAP,
     POOL,
     PP2,
+    PP4,
     RAGGED,
     REPLICAS,
+    SUBSETS,
     TP2,
     TP4,
     WEIGHT2,
@@ -49,3 +56,36 @@ def test_the_losses_go_on_in_another_layout(name, run, alone, tmp_path):
     log = (tmp_path / "run" / "train.log").read_text()
     assert all(f"resumed at step {steps}" in log for steps in ends[:-1])
     assert_same(records, alone(*model))
+
+
+# Each is saved once and resumed in every other: 90 pairs. In all of them the model has 4 layers.
+KINDS = {
+    "alone": ALONE,
+    "dp4 zero1 off": (4, [NO_EP, REPLICAS]),
+    "dp4 subsets of 2": (4, [NO_EP, SUBSETS]),
+    "dp2 fsdp": (2, [NO_EP, FSDP]),
+    "ep4": (4, []),
+    "mtp2 ep2 fsdp": (4, [TP2, FSDP]),
+    "msp2 pp2 interleaved": (4, [TP2, MSP, PP2, CHUNKS2]),
+    "pp2 interleaved overlapped": (2, [PP2, CHUNKS2, OVERLAP]),
+    "pp4": (4, [PP4]),
+    "pp2 ep2 zero1 off": (4, [PP2, REPLICAS]),
+}
+FAST_PAIRS = {"mtp2 ep2 fsdp": ["pp2 interleaved overlapped"], "dp4 subsets of 2": ["msp2 pp2 interleaved"]}
+PAIRS = [pytest.param(saved, resumed, id=f"{saved} to one") for saved, resumed in FAST_PAIRS.items()] + [
+    pytest.param(saved, sorted(KINDS.keys() - {saved}), id=f"{saved} to all", marks=pytest.mark.slow)
+    for saved in KINDS
+]
+
+
+@pytest.mark.parametrize(("saved", "resumed"), PAIRS)
+def test_any_layout_goes_on_from_any_other(saved, resumed, run, alone, tmp_path):
+    keys = (*LAYERS4, "lr_scheduler.total_steps=10", "ckpt.enable_save_ckpt=true")
+    ranks, layout = KINDS[saved]
+    run(ranks, *layout, *keys, "data.total_steps=3", directory=tmp_path / "saved")
+    for name in resumed:
+        ranks, layout = KINDS[name]
+        directory = shutil.copytree(tmp_path / "saved", tmp_path / name)
+        records = run(ranks, *layout, *keys, "data.total_steps=6", directory=directory)
+        assert "resumed at step 3" in (directory / "train.log").read_text()
+        assert_same(records, alone(*LAYERS4)[:6])

@@ -8,7 +8,7 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +43,28 @@ class World:
             port = free.getsockname()[1]
         for pipe in self._pipes:
             pipe.send((function, args, port))
-        results, failures = [], []
-        for rank, pipe in enumerate(self._pipes):
+        results, failures = [None] * self.size, []
+        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        while waiting:
             # once one rank has failed, the others may wait for it for ever
-            if not pipe.poll(5 if failures else PATIENCE):
-                failures.append(f"rank {rank} did not answer")
-                continue
-            ok, value = pipe.recv()
-            results.append(value)
-            if not ok:
-                failures.append(f"rank {rank}:\n{value}")
+            answered = wait(waiting, 5 if failures else PATIENCE)
+            failures += [f"rank {rank} did not answer" for rank in waiting.values() if not answered]
+            for pipe in answered or list(waiting):
+                rank = waiting.pop(pipe)
+                if answered:
+                    ok, results[rank] = self._answer(pipe)
+                    failures += [] if ok else [f"rank {rank}:\n{results[rank]}"]
         if failures:
             self.end()
             raise AssertionError("\n".join(failures))
         return results
+
+    @staticmethod
+    def _answer(pipe: Connection) -> tuple[bool, Any]:
+        try:
+            return pipe.recv()
+        except (EOFError, ConnectionError):
+            return False, "the process has ended"
 
     def end(self) -> None:
         for process in self._processes:
