@@ -97,6 +97,7 @@ def test_the_guide_ends_with_a_backend_that_trains(folder):
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_its_fused_operation_conforms_and_a_wrong_gradient_is_caught(folder):
     done = run(folder, [sys.executable, "-c", CHECK_NORM])
     assert done.returncode == 0, done.stderr
