@@ -22,7 +22,8 @@ class Layout:
         tensor: ranks that share one layer (or, in isp mode, one sequence).
         pipeline: stages.
         alike: ranks that compute with the same weights: ``data``, in isp mode data · tensor.
-        zero1: ranks the optimizer state is sharded over; it divides ``alike``.
+        zero1: ranks the masters and moments are sharded over; it divides ``alike``.
+        moments: ranks the moments of each of these shards are sharded over again; 1 where ``weight`` is 1.
         sequence: ranks the tokens of a micro-batch are split over between the regions that ``tensor`` shares.
         weight: ranks the parameters are sharded over in isp mode; 1: they are not. Else equal to ``zero1``.
         expert: ranks the experts are spread over; it divides ``alike`` and the number of experts. 1: every
@@ -38,6 +39,7 @@ class Layout:
     pipeline: int
     alike: int
     zero1: int
+    moments: int
     sequence: int
     weight: int
     expert: int
@@ -76,7 +78,8 @@ class Layout:
             tensor=tensor,
             pipeline=pipeline,
             alike=alike,
-            zero1=_zero1(parallel.zero1.size, alike, weight),
+            zero1=weight if weight > 1 else _zero1(parallel.zero1.size, alike),
+            moments=_moments(parallel.zero1.size, alike // weight) if weight > 1 else 1,
             sequence=1 if parallel.tensor.mode == "mtp" else tensor,
             weight=weight,
             expert=_dividing(
@@ -92,7 +95,8 @@ class Layout:
     def __str__(self) -> str:
         """The groups, as shown at the start of a run."""
         groups = {"data": self.data, "tensor": self.tensor, "pipeline": self.pipeline}
-        shards = {"optimizer state": self.zero1, "weights": self.weight, "experts": self.expert}
+        state = self.zero1 * self.moments
+        shards = {"optimizer state": state, "weights": self.weight, "experts": self.expert}
         parts = [f"{name} {size}" for name, size in groups.items()]
         parts += [f"{name} over {size}" for name, size in shards.items()]
         return f"{self.world} rank{'s' if self.world > 1 else ''}: {', '.join(parts)}"
@@ -148,18 +152,21 @@ def _check_tensor(config: Config) -> None:
             )
 
 
-def _zero1(size: int, alike: int, weight: int) -> int:
-    """Ranks the optimizer state is sharded over; where parameters are sharded, as they are."""
-    if weight == 1:
-        return _dividing("parallel.zero1.size", size, alike) if size > 0 else alike
-    further = alike // weight
-    if size > 1 or (size <= 0 and further > 1):
-        raise ConfigError(
-            f"parallel.zero1.size={size} asks to shard the optimizer state further than parallel.weight.size="
-            f"{weight} does, among the {further} ranks that hold the same shard; that is not supported: set "
-            f"parallel.zero1.size to 1, or parallel.weight.size to {alike}"
-        )
-    return weight
+def _zero1(size: int, alike: int) -> int:
+    return _dividing("parallel.zero1.size", size, alike) if size > 0 else alike
+
+
+def _moments(size: int, holders: int) -> int:
+    """Ranks the moments of a shard of the weights are sharded over, of the ``holders`` of that shard."""
+    if size <= 0 or size == holders:
+        return holders
+    if size == 1:
+        return 1
+    raise ConfigError(
+        f"parallel.zero1.size={size} with parallel.weight.size: the moments of a shard of the weights lie on "
+        f"each of the {holders} ranks that hold it, or are sharded over all of them; set "
+        f"parallel.zero1.size to 1 or {holders}"
+    )
 
 
 def _check_schedule(config: Config, micro_num: int) -> None:

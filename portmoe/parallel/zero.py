@@ -10,6 +10,7 @@ whole for the whole model.
 The three cases of ``parallel.zero1.size`` are three shapes of the same mesh; see ``parallel.mesh``.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Shard
 
 from portmoe.model.decoder import Decoder
 from portmoe.model.parameters import exact_modules
@@ -78,6 +79,26 @@ def begin_micro_batch(model: Decoder, last: bool) -> None:
     model.set_requires_gradient_sync(last)
     model.set_reshard_after_backward(last)
     model.set_is_last_backward(last)
+
+
+def cut_further(parameter: DTensor) -> Sequence[Placement]:
+    """Placements of a sharded parameter's moments, cut also over the ranks that hold the same shard.
+
+    Along a dimension that is not cut yet and divides evenly; where there is none, as in a vector, not at all.
+    """
+    placements, shape = list(parameter.placements), parameter.to_local().shape
+    for number, placement in enumerate(placements):
+        cut = {other.dim for other in placements if not other.is_replicate()}
+        parts = parameter.device_mesh.size(number)
+        if placement.is_replicate() and parts > 1:
+            free = (dim for dim, size in enumerate(shape) if dim not in cut and size % parts == 0)
+            placements[number] = next(map(Shard, free), placement)
+    return placements
+
+
+def gather_updates(parameter: DTensor, part: DTensor) -> None:
+    """Write the ``part`` of a parameter that each of the holders of its shard updated to all of them."""
+    parameter.to_local().copy_(part.redistribute(placements=parameter.placements).to_local())
 
 
 def drop_compute_copies(model: nn.Module) -> None:

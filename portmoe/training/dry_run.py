@@ -69,6 +69,8 @@ def _memory(config: Config, layout: Layout) -> Iterator[tuple[str, str]]:
         f"({share} float32 masters)",
     )
     yield "", f"gradients {_size(state.gradients)} (float32, summed over the micro-batches)"
+    if layout.moments > 1:
+        share = f"1/{layout.zero1 * layout.moments} of the"
     yield "", f"optimizer {_size(state.optimizer)} ({share} Adam moments, float32)"
     tokens = layout.tokens_per_micro_batch
     held = "one micro-batch" if layout.pipeline == 1 else "the micro-batches under way, each"

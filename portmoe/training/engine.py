@@ -174,7 +174,9 @@ class NativeEngine(Engine):
             initialise(decoder, config)
         groups = merged(map(parameter_groups, self.model))
         holders = layout.world // layout.pipeline
-        self.optimizer = Optimizer(groups, ops.adamw, config.adam, world, config.model.num_layers, holders)
+        self.optimizer = Optimizer(
+            groups, ops.adamw, config.adam, world, config.model.num_layers, holders, layout.moments > 1
+        )
         self._region = Region.of_mode(meshes.tensor, config.parallel.tensor.mode)
         self._pipeline = None
         if layout.pipeline > 1:

@@ -139,7 +139,19 @@ def _stage_step(config: Config, layout: Layout, meshes: Meshes, stage: Stage) ->
     traffic.add_all(_pass(config, layout, decoder, last=True))
     with Counted() as counted:
         sum_gradients(decoder, Region.of_mode(meshes.tensor, config.parallel.tensor.mode))
+    if layout.moments > 1:
+        traffic.add_all(_updates(decoder))
     return traffic, counted.traffic
+
+
+def _updates(decoder: Decoder) -> Traffic:
+    """What the holders of a shard exchange when each has updated its part."""
+    with Counted() as counted:
+        for parameter in decoder.parameters():
+            part = parameter.detach().redistribute(placements=zero.cut_further(parameter))
+            if part.placements != parameter.placements:
+                zero.gather_updates(parameter.detach(), part)
+    return counted.traffic
 
 
 def _pass(config: Config, layout: Layout, decoder: Decoder, last: bool) -> Traffic:

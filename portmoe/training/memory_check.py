@@ -1,5 +1,7 @@
 """Whether a device can hold its rank's share of the model, asked before anything is allocated."""
 
+from dataclasses import replace
+
 from portmoe.accelerator import Accelerator
 from portmoe.config import Config
 from portmoe.errors import BackendError
@@ -16,7 +18,8 @@ def state_of_rank(config: Config, layout: Layout) -> StateBytes:
         return _under_deepspeed(config, layout)
     parameters = rank_parameters(config, fullest_rank(config))
     tensor = 1 if config.parallel.tensor.mode == "isp" else layout.tensor
-    return state_bytes(config, parameters, layout.zero1, layout.expert, layout.expert_shards, tensor)
+    state = state_bytes(config, parameters, layout.zero1, layout.expert, layout.expert_shards, tensor)
+    return replace(state, optimizer=state.optimizer // layout.moments)
 
 
 def _under_deepspeed(config: Config, layout: Layout) -> StateBytes:

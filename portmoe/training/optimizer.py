@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from portmoe.config import AdamConfig
+from portmoe.parallel.zero import cut_further, gather_updates
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -17,7 +18,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Optimizer:
-    """AdamW whose state is kept by parameter name, in float32, sharded exactly as the parameters are.
+    """AdamW whose state is kept by parameter name, in float32, sharded as the parameters are, or further.
 
     Args:
         groups: group name → parameter name → parameter, as ``parameter_groups`` gives them.
@@ -25,6 +26,8 @@ class Optimizer:
         world: a CPU process group of all ranks, for the norms.
         layers: of the whole model, whichever of them are here.
         holders: how many ranks hold these parameters, whole or in part: those of one pipeline stage.
+        cut_moments: shard the moments also over the ranks that hold the same shard of a parameter. Each then
+            updates its part of the shard, and they exchange the parts.
     """
 
     def __init__(
@@ -35,11 +38,13 @@ class Optimizer:
         world: dist.ProcessGroup,
         layers: int,
         holders: int,
+        cut_moments: bool = False,
     ) -> None:
         self.groups = groups
         self.parameters = {name: p for group in groups.values() for name, p in group.items()}
-        self.exp_avg = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self._cut_moments = cut_moments
+        self.exp_avg = {name: torch.zeros_like(self._part(p)) for name, p in self.parameters.items()}
+        self.exp_avg_sq = {name: torch.zeros_like(self._part(p)) for name, p in self.parameters.items()}
         self.updates = 0  # updates really made: skipped steps do not count in the bias correction
         self._adamw = adamw
         self._config = config
@@ -79,12 +84,13 @@ class Optimizer:
 
     def step(self, *, lr: float, beta2: float, gradient_scale: float) -> None:
         """One update with gradients multiplied by ``gradient_scale`` (unscaling and clipping in one)."""
-        gradients = [local(p.grad) for p in self.parameters.values()]
+        gradients = [local(self._part(p, p.grad)) for p in self.parameters.values()]
         if gradient_scale != 1.0:
             torch._foreach_mul_(gradients, gradient_scale)
         self.updates += 1
+        parts = [self._part(p) for p in self.parameters.values()]
         self._adamw(
-            [local(p.detach()) for p in self.parameters.values()],
+            [local(part) for part in parts],
             gradients,
             [local(t) for t in self.exp_avg.values()],
             [local(t) for t in self.exp_avg_sq.values()],
@@ -95,6 +101,16 @@ class Optimizer:
             eps=self._config.adam_eps,
             weight_decay=self._config.weight_decay,
         )
+        for parameter, part in zip(self.parameters.values(), parts, strict=True):
+            if isinstance(part, DTensor) and part.placements != parameter.placements:
+                gather_updates(parameter.detach(), part)
+
+    def _part(self, parameter: nn.Parameter, tensor: torch.Tensor | None = None) -> torch.Tensor:
+        """What this rank updates of ``parameter``, or of a ``tensor`` that lies as it does."""
+        tensor = parameter.detach() if tensor is None else tensor
+        if not self._cut_moments or not isinstance(parameter, DTensor):
+            return tensor
+        return tensor.redistribute(placements=cut_further(parameter))
 
     def clear_gradients(self) -> None:
         for parameter in self.parameters.values():

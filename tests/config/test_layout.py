@@ -107,11 +107,16 @@ def test_isp_shards_among_data_and_tensor_ranks(weight, zero1, shards):
     assert (planned.data, planned.alike, planned.weight, planned.zero1) == (2, 4, weight, shards)
 
 
-@pytest.mark.parametrize("zero1", [-1, 2])
-def test_shards_of_weights_are_not_sharded_further(zero1):
-    message = refusal(4, *ISP, "parallel.weight.size=2", f"parallel.zero1.size={zero1}")
-    assert message.startswith(f"parallel.zero1.size={zero1} asks to shard the optimizer state further than ")
-    assert message.endswith("set parallel.zero1.size to 1, or parallel.weight.size to 4")
+@pytest.mark.parametrize(("zero1", "moments"), [(-1, 4), (1, 1), (4, 4)])
+def test_moments_of_weight_shards_are_sharded_again_or_not(zero1, moments):
+    planned = plan(8, *ISP, "parallel.weight.size=2", f"parallel.zero1.size={zero1}")
+    assert (planned.zero1, planned.moments) == (2, moments)
+
+
+def test_moments_of_weight_shards_over_some_of_their_holders():
+    message = refusal(8, *ISP, "parallel.weight.size=2", "parallel.zero1.size=2")
+    assert message.startswith("parallel.zero1.size=2 with parallel.weight.size: the moments of a shard ")
+    assert message.endswith("set parallel.zero1.size to 1 or 4")
 
 
 def test_weights_over_ranks_that_do_not_divide():

@@ -54,6 +54,8 @@ LAYOUTS = {
     "isp2 weights over 2 ahead, recomputed": (2, [TP2, ISP, WEIGHT2, AHEAD, "model.checkpoint=0.5"], []),
     "isp2 weights over 2 ahead pooled pp2": (4, [TP2, ISP, WEIGHT2, AHEAD, POOL, PP2], MIXED),
     "isp4 weights over 2": (4, [TP4, ISP, WEIGHT2, REPLICAS], DENSE_TOO),
+    "isp2 dp2 weights over 2, moments over 4": (4, [TP2, ISP, WEIGHT2, AHEAD, NO_EP], DENSE_TOO),
+    "isp2 ep2 weights over 2": (4, [TP2, ISP, WEIGHT2], DENSE_TOO),
     "isp2 weights over 4 of dp2": (4, [TP2, ISP, WEIGHT4, NO_EP, FSDP], []),
     "isp2 weights over 2 ahead pp2 interleaved": (4, [TP2, ISP, WEIGHT2, AHEAD, PP2, CHUNKS2], LAYERS4),
     "isp2 dp2 pp2 ep2, weights over 4": (8, [TP2, ISP, WEIGHT4, AHEAD, POOL, PP2], [*LAYERS4, MANY]),

@@ -32,7 +32,7 @@ CHAINS = {
     "fsp": ([ALONE, (4, [TP2, FSP]), (2, [TP2, FSP]), (4, [TP2, MSP, FSDP]), ALONE], []),
     "isp": ([ALONE, (4, [TP4, ISP]), (2, [TP2]), (4, [TP2, ISP, REPLICAS]), ALONE], []),
     "weights and experts": (
-        [(4, [TP2, ISP, WEIGHT4, AHEAD, POOL]), (4, [FSDP]), (4, [TP4, ISP, WEIGHT2, REPLICAS]), ALONE],
+        [(4, [TP2, ISP, WEIGHT4, AHEAD, POOL]), (4, [FSDP]), (4, [TP4, ISP, WEIGHT2]), ALONE],
         [RAGGED],
     ),
     "weights and stages": (

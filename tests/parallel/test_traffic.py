@@ -56,6 +56,7 @@ LAYOUTS = {
     "ep4 of dp8 fsdp": (8, ["parallel.expert.size=4", FSDP]),
     "isp2 bfloat16": (2, [TP2, ISP, BF16, *DENSE_TOO]),
     "isp2 dp2, weights over 2": (4, [TP2, ISP, WEIGHT2, REPLICAS, NO_EP, *MIXED]),
+    "isp2 dp2, moments cut further": (4, [TP2, ISP, WEIGHT2, NO_EP, *MIXED]),
     "isp2 pp2, weights over 2": (4, [TP2, ISP, WEIGHT2, AHEAD, POOL, PP2, *LAYERS4]),
     "pp2 dp2, 3 micro-batches": (4, [PP2, "data.global_batch_size=6"]),
 }

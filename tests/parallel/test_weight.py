@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from worlds import train
+from worlds import MODEL, train
 
-from portmoe.model.decoder import Block
+import portmoe
+from portmoe.model.decoder import Block, Decoder
 from portmoe.training.engine import NativeEngine
 
 GATHER = "_allgather_base_"  # the engine's; between the tokens' ranks functional collectives have other names
@@ -84,3 +86,38 @@ def test_without_the_pool_every_gather_allocates(world, tmp_path):
     for _, steps in world(2).call(observed, tmp_path / "run", OVERLAP):
         buffers = [buffer for step in steps for buffer in step]
         assert len(set(buffers)) == len(buffers)
+
+
+def held(directory, *overrides) -> tuple[int, int]:
+    """Numbers of this rank's masters and first moments."""
+    sizes, train_step = (0, 0), NativeEngine.train_step
+
+    def numbers(tensors) -> int:
+        return sum(tensor.to_local().numel() for tensor in tensors)
+
+    def measured_step(engine, *args):
+        nonlocal sizes
+        outcome = train_step(engine, *args)
+        sizes = (numbers(engine.optimizer.parameters.values()), numbers(engine.optimizer.exp_avg.values()))
+        return outcome
+
+    NativeEngine.train_step = measured_step
+    try:
+        train(directory, *ISP2, "parallel.expert.size=1", "data.total_steps=1", *overrides)
+    finally:
+        NativeEngine.train_step = train_step
+    return sizes
+
+
+def parameters() -> list[nn.Parameter]:
+    with torch.device("meta"):
+        return list(Decoder(portmoe.load_config("tiny_moe4", MODEL)).parameters())
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_moments_of_matrices_are_sharded_over_the_holders_of_a_shard(cut, world, tmp_path):
+    matrices = sum(p.numel() for p in parameters() if p.ndim > 1)
+    vectors = sum(p.numel() for p in parameters() if p.ndim == 1)
+    for masters, moments in world(4).call(held, tmp_path / "run", f"parallel.zero1.size={-1 if cut else 1}"):
+        assert masters == (matrices + vectors) // 2
+        assert moments == (matrices // 4 + vectors // 2 if cut else masters)
