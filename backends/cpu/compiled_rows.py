@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from portmoe.backends.cpu.native import NAMES, addresses, require, supports
+from portmoe.backends.cpu.native import NAMES, address, addresses, require, supports
 from portmoe.ops.operation import Implementation
 from portmoe.ops.torch_native import RMS_NORM
 
@@ -73,7 +73,7 @@ def _rotated(
     y_TND = x_TND.new_empty(x_TND.shape)
     kernel = getattr(require(), f"rotary_{NAMES[x_TND.dtype]}")
     sizes = (tokens, heads, width // 2, x_TND.stride(0), x_TND.stride(1))
-    pointers = (x_TND.data_ptr(), *addresses(cos_TR, sin_TR, y_TND))
+    pointers = (address(x_TND), *addresses(cos_TR, sin_TR, y_TND))
     kernel(*sizes, interleaved, direction, *pointers, torch.get_num_threads())
     return y_TND
 

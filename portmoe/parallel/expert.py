@@ -12,12 +12,12 @@ from functools import partial
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
 from portmoe.model.decoder import Decoder
 from portmoe.model.experts import Experts
+from portmoe.parallel.all_to_all import all_to_all
 from portmoe.parallel.mesh import Meshes
 from portmoe.parallel.tensor import cut
 
@@ -84,17 +84,17 @@ class _Exchange:
         self, compute: Callable[..., torch.Tensor], x_RH: torch.Tensor, ends_E: torch.Tensor
     ) -> torch.Tensor:
         sent_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1))
-        received_PE = all_to_all_single(sent_E, None, None, self._group).view(self._ranks, -1)
+        received_PE = all_to_all(sent_E, self._group).view(self._ranks, -1)
         sent = sent_E.view(self._ranks, -1).sum(1).tolist()
         received = received_PE.sum(1).tolist()
-        rows_RH = all_to_all_single_autograd(x_RH, received, sent, self._group)
+        rows_RH = all_to_all(x_RH, self._group, sent, received)
         # They come rank by rank, each sorted by expert; the experts want them expert by expert.
         expert_PE = torch.arange(received_PE.shape[1], device=x_RH.device).expand_as(received_PE)
         order_R = expert_PE.flatten().repeat_interleave(received_PE.flatten()).argsort(stable=True)
         y_RH = compute(rows_RH.index_select(0, order_R), received_PE.sum(0).cumsum(0))
         y_RH = y_RH.index_select(0, order_R.argsort())
-        return all_to_all_single_autograd(y_RH, sent, received, self._group)
+        return all_to_all(y_RH, self._group, received, sent)
 
     def _send(self, x_ECH: torch.Tensor) -> torch.Tensor:
         """An equal share of the first dimension to every rank."""
-        return all_to_all_single_autograd(x_ECH.contiguous(), None, None, self._group)
+        return all_to_all(x_ECH, self._group)

@@ -16,10 +16,8 @@ way back: the mean over the ranks, which the sharding engine takes, is the gradi
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
@@ -29,6 +27,7 @@ from portmoe.model.moe import MoELayer
 from portmoe.model.router import jitter_noise
 from portmoe.ops import Routing
 from portmoe.ops.routing import running_count
+from portmoe.parallel.all_to_all import all_to_all
 from portmoe.parallel.tensor import Region
 
 Compute = Callable[..., torch.Tensor]
@@ -80,27 +79,7 @@ class _Tokens:
         return self._exchange(y_Tm.unflatten(0, (self._ranks, -1))).transpose(0, 1).flatten(1)
 
     def _exchange(self, x_Ptm: torch.Tensor) -> torch.Tensor:
-        return _AllToAll.apply(x_Ptm, self._group)
-
-
-class _AllToAll(torch.autograd.Function):
-    """Row r of this rank's [ranks, …] becomes row (this rank) of rank r's; the gradient goes the same way.
-
-    The result is a plain tensor and there when it is returned: an operation may read its memory by address,
-    where functional collectives return a tensor that has none yet.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        x = x.contiguous()
-        y = torch.empty_like(x)
-        dist.all_to_all_single(y, x, group=group)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _AllToAll.apply(grad, ctx.group), None
+        return all_to_all(x_Ptm, self._group)
 
 
 def _embed(tokens: _Tokens, embed: Compute, tokens_T: torch.Tensor) -> torch.Tensor:

@@ -167,3 +167,17 @@ def test_rotary_of_heads_that_lie_apart_is_a_complex_product(interleaved, dtype,
     torch.testing.assert_close(
         grad_TND.double(), joined(torch.complex(*split) * turn.conj()), rtol=rtol, atol=rtol * 10
     )
+
+
+def test_a_tensor_without_memory_of_its_own_is_refused():
+    """As the result of a functional collective is, which another process is still to fill."""
+
+    class Wrapper(torch.Tensor):
+        @staticmethod
+        def __new__(cls, inner):
+            return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+        __torch_dispatch__ = None
+
+    with pytest.raises(TypeError, match="memory of their own, not a Wrapper"):
+        native.addresses(torch.ones(2), Wrapper(torch.ones(3)))
