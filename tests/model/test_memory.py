@@ -75,7 +75,7 @@ def saved_bytes(config: Config) -> int:
 )
 def test_estimate_is_close_to_what_the_cpu_keeps(model):
     config = make_config(**model)
-    assert 1.0 < saved_bytes(config) / activation_bytes(config, TOKENS) < 1.5
+    assert 0.9 < saved_bytes(config) / activation_bytes(config, TOKENS) < 1.5
 
 
 def test_activations_by_hand():
