@@ -5,7 +5,7 @@ from importlib import metadata
 from importlib.util import find_spec
 
 import pytest
-from test_layouts import LOSS, NORM, assert_same
+from test_layouts import LOSS, assert_same
 from worlds import World, records, train
 
 import portmoe
@@ -17,9 +17,6 @@ from portmoe.training.memory_check import state_of_rank
 ENGINE = "trainer.engine=deepspeed"
 NATIVE = "trainer.engine=native"
 STEPS15 = "data.total_steps=15"
-# Stage 3 adds up the micro-batches' gradients in another order. The first step's norms agree to 4e-7; Adam's
-# first updates, which hardly depend on a gradient's size, enlarge that in small gradients: 1.04e-5 seen.
-STAGE3_NORM = 5e-5
 
 installed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 slow = pytest.mark.slow
@@ -65,7 +62,7 @@ def run_anew(tmp_path):
 )
 def test_the_numbers_of_one_process(run_anew, alone, ranks, number, model):
     ours = run_anew(ranks, ENGINE, stage(number), STEPS15, *model)
-    assert_same(ours, alone(STEPS15, *model), norm=STAGE3_NORM if number == 3 else NORM)
+    assert_same(ours, alone(STEPS15, *model))
 
 
 @installed
@@ -73,7 +70,7 @@ def test_the_numbers_of_one_process(run_anew, alone, ranks, number, model):
 def test_evaluation_in_between(run_anew, run):
     keys = ("data.valid_every=2", "data.valid_micro_num=3", "data.total_steps=4")
     ours, theirs = run_anew(2, ENGINE, stage(3), *keys), run(2, *keys)
-    assert_same(ours, theirs, norm=STAGE3_NORM)
+    assert_same(ours, theirs)
     for step in (1, 3):
         assert ours[step]["valid_loss"] == pytest.approx(theirs[step]["valid_loss"], rel=LOSS)
 
@@ -86,7 +83,7 @@ def test_checkpoints_move_between_engines_and_stages(run_anew, alone, tmp_path):
     for ranks, layout, steps in parts:
         keys = (*saving, *layout, f"data.total_steps={steps}", "lr_scheduler.total_steps=10")
         assert len(run_anew(ranks, *keys, directory=tmp_path / "run")) == steps
-    assert_same(records(tmp_path / "run"), alone(), norm=STAGE3_NORM)
+    assert_same(records(tmp_path / "run"), alone())
 
 
 @installed
