@@ -42,6 +42,8 @@ def fail_first(folder: str) -> None:
     mark = Path(folder, f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}-{RANK}")
     mark.touch()
     if RANK == 1 and mark.name == "attempt-0-1":
+        while not Path(folder, "attempt-0-0").exists():  # or the end of this rank keeps rank 0 from starting
+            time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGKILL)
     if mark.name == "attempt-0-0":
         time.sleep(60)

@@ -265,7 +265,7 @@ def start_spawn(mode, *arguments):
 
 
 def await_files(folder, *names):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150  # a loaded machine imports torch slowly
     while not all((folder / name).exists() and (folder / name).read_text() for name in names):
         assert time.monotonic() < deadline, f"{names} did not come"
         time.sleep(0.05)
