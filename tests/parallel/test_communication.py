@@ -10,6 +10,7 @@ from worlds import train
 from portmoe.training.engine import NativeEngine
 
 GATHER, SCATTER, REDUCE = "_allgather_base_", "_reduce_scatter_base_", "allreduce_"
+EXCHANGE = "alltoall_base_"
 
 
 class Collectives(TorchDispatchMode):
@@ -85,5 +86,5 @@ def test_experts_spread_over_ranks_add_four_exchanges_per_layer_and_micro_batch(
     # so theirs are neither gathered nor reduced.
     steps, groups = count(2, "parallel.expert.size=2")
     for step in steps:
-        assert step["all_to_all_single"] == 2 * 4 * 4
+        assert step[EXCHANGE] == 2 * 4 * 4
         assert (step[GATHER], step[SCATTER]) == (groups - 2, groups - 2)
