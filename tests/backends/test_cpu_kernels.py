@@ -1,28 +1,11 @@
 """The compiled kernels between the experts' products against float64, and what happens without a compiler."""
 
-from dataclasses import replace
-
 import pytest
 import torch
+from agreement import workload
 
 from portmoe.backends.cpu import compiled_expert_ffn, compiled_rows, native
-from portmoe.ops import Workload
 
-WORKLOAD = Workload(
-    device=torch.device("cpu"),
-    dtype=torch.float32,
-    tokens=8,
-    seq_len=8,
-    hidden=8,
-    heads=2,
-    head_dim=4,
-    ffn_width=8,
-    vocab=16,
-    experts=4,
-    top_k=2,
-    capacity=4,
-    equal_segments=True,
-)
 needs_compiler = pytest.mark.skipif(isinstance(native.kernels(), str), reason=str(native.kernels()))
 
 
@@ -108,7 +91,7 @@ def test_the_library_is_compiled_once(fresh_kernels):
 @pytest.mark.usefixtures("fresh_kernels")
 def test_without_a_compiler_the_reason_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", str(tmp_path / "no-compiler"))
-    assert all("no C compiler" in i.supports(WORKLOAD) for i in compiled_expert_ffn.ALL)
+    assert all("no C compiler" in i.supports(workload()) for i in compiled_expert_ffn.ALL)
 
 
 @needs_compiler
@@ -116,11 +99,11 @@ def test_without_a_compiler_the_reason_is_told(monkeypatch, tmp_path):
 def test_what_does_not_compile_is_told_with_the_compilers_words(monkeypatch, tmp_path):
     (tmp_path / "broken.c").write_text("#error no such luck")
     monkeypatch.setattr(native, "FOLDER", tmp_path)
-    assert all("no such luck" in i.supports(WORKLOAD) for i in compiled_expert_ffn.ALL)
+    assert all("no such luck" in i.supports(workload()) for i in compiled_expert_ffn.ALL)
 
 
 def test_other_types_are_left_to_others():
-    reasons = [i.supports(replace(WORKLOAD, dtype=torch.float16)) for i in compiled_expert_ffn.ALL]
+    reasons = [i.supports(workload(torch.float16)) for i in compiled_expert_ffn.ALL]
     assert all("torch.float16" in reason for reason in reasons)
 
 

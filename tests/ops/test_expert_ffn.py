@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from agreement import workload
 
 from portmoe.backends.cpu import compiled_expert_ffn, native
-from portmoe.ops import Workload, buffered_expert_ffn, expert_ffn, expert_ffn_ragged, torch_native
+from portmoe.ops import buffered_expert_ffn, expert_ffn, expert_ffn_ragged, torch_native
 from portmoe.ops.products import native_products
 
 FOR_CPUS = {(i.op, i.name): i.function for i in buffered_expert_ffn.ALL}
@@ -135,21 +136,8 @@ def test_in_16_bit_types_every_product_is_over_a_multiple_of_the_granule():
 
 def test_grouped_mm_says_which_shapes_it_cannot_take():
     def supports(**changes):
-        sizes = {"hidden": 16, "ffn_width": 24, "dtype": torch.bfloat16} | changes
-        workload = Workload(
-            device=torch.device("cpu"),
-            tokens=4,
-            seq_len=4,
-            heads=2,
-            head_dim=8,
-            vocab=32,
-            experts=2,
-            top_k=2,
-            capacity=0,
-            equal_segments=True,
-            **sizes,
-        )
-        return torch_native.EXPERT_FFN_GROUPED_MM.supports(workload)
+        shapes = workload(**({"dtype": torch.bfloat16} | changes))
+        return torch_native.EXPERT_FFN_GROUPED_MM.supports(shapes)
 
     assert supports() is None
     assert "ffn_width is 20" in supports(ffn_width=20)

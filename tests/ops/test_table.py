@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from small_workload import WORKLOAD
+from agreement import workload
 
 from portmoe.config import Config, ModelConfig, MoeConfig, OpsConfig
 from portmoe.errors import BackendError, ConfigError
@@ -48,7 +48,7 @@ def config(*, fused=False, tutel=False, rearrange=False, flash=False, **ops):
 
 def pick(offered, settings=None, *, name="topk_gating", reference=double):
     log = []
-    table = choose({name: operation(name, reference)}, offered, WORKLOAD, settings or config(), log.append)
+    table = choose({name: operation(name, reference)}, offered, workload(), settings or config(), log.append)
     return table, table.record()[name], log
 
 
@@ -66,7 +66,7 @@ def test_the_first_in_order_that_supports_the_case():
     assert table.topk_gating is fast
     assert record["chosen"] == "b"
     assert candidates(record) == {
-        "a": (False, False, "8 tokens are too few"),
+        "a": (False, False, "24 tokens are too few"),
         "b": (True, True, "the first in the backend's order that supports the case"),
         "c": (False, True, "after 'b' in the backend's order"),
         "reference": (False, True, "after 'b' in the backend's order"),
@@ -207,7 +207,7 @@ def test_offers_that_make_no_sense_are_refused():
 
 
 def test_the_table_holds_every_operation_and_names_them_when_asked_for_another():
-    table = choose(OPERATIONS, [], WORKLOAD, config())
+    table = choose(OPERATIONS, [], workload(), config())
     assert table.record().keys() == OPERATIONS.keys()
     assert all(getattr(table, name) is op.reference for name, op in OPERATIONS.items())
     with pytest.raises(AttributeError, match="no operation 'softmax'; operations: rms_norm"):

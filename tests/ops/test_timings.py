@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_workload import WORKLOAD
+from agreement import workload
 
 from portmoe.config import Config, OpsConfig
 from portmoe.ops import Implementation, Operation, choose, measure
 from portmoe.ops.operation import Sample, rounding
 from portmoe.ops.timings import Timings, cache_file
 
+SHAPES = workload()
 MEASURE = Config(ops=OpsConfig(select="measure"))
 
 
@@ -31,12 +32,12 @@ def operation(reference):
     return Operation("swiglu", reference, lambda w, g: [Sample("one", (torch.ones(w.tokens),))], rounding(1))
 
 
-def run(path, *, device="chip", workload=WORKLOAD, names=("a", "b")):
+def run(path, *, device="chip", shapes=SHAPES, names=("a", "b")):
     """One process's choice: (calls of each implementation, what was logged, the record)."""
     log, functions = [], {name: Counting() for name in names}
     offered = [Implementation("swiglu", name, function) for name, function in functions.items()]
     timings = Timings.load(device, path, log.append)
-    table = choose({"swiglu": operation(Counting())}, offered, workload, MEASURE, log.append, timings)
+    table = choose({"swiglu": operation(Counting())}, offered, shapes, MEASURE, log.append, timings)
     timings.save(log.append)
     return [f.calls for f in functions.values()], log, table.record()["swiglu"]
 
@@ -58,8 +59,8 @@ def test_another_device_version_or_shape_is_measured_anew(tmp_path, monkeypatch)
     path = tmp_path / "timings.json"
     run(path)
     assert all(run(path, device="other chip")[0])
-    assert all(run(path, workload=replace(WORKLOAD, tokens=9))[0])
-    assert all(run(path, workload=replace(WORKLOAD, dtype=torch.bfloat16))[0])
+    assert all(run(path, shapes=replace(SHAPES, tokens=9))[0])
+    assert all(run(path, shapes=replace(SHAPES, dtype=torch.bfloat16))[0])
     monkeypatch.setattr(torch, "__version__", "9.9")
     assert all(run(path)[0])
     monkeypatch.undo()
@@ -126,5 +127,5 @@ def test_the_file_lies_in_the_users_cache(tmp_path, monkeypatch):
 def test_a_slow_call_is_not_repeated_for_long(monkeypatch):
     monkeypatch.setattr(measure, "BUDGET", 0.0)
     function = Counting()
-    assert measure.seconds_per_call(operation(function), function, WORKLOAD) > 0
+    assert measure.seconds_per_call(operation(function), function, SHAPES) > 0
     assert function.calls == 1

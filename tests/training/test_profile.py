@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 import torch
+from agreement import workload
 from run_portmoe import command, environment
 from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
@@ -15,7 +16,7 @@ from portmoe.config import Config
 from portmoe.data import Batch
 from portmoe.model.decoder import Decoder
 from portmoe.model.step_cost import Cost, step_cost
-from portmoe.ops import Segments, Workload
+from portmoe.ops import Segments
 from portmoe.training.attribution import Usage, attribute
 from portmoe.training.profile import table
 from portmoe.training.spans import span
@@ -121,20 +122,8 @@ def test_the_least_products_are_those_the_model_computes(dense):
     with FlopCounterMode(display=False) as counter:
         output = decoder(batch.tokens_T, batch)
         (output.loss_T.sum() + output.aux_loss).backward()
-    work = Workload(
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        tokens=32,
-        seq_len=16,
-        hidden=64,
-        heads=2,
-        head_dim=32,
-        ffn_width=model.ffn_width,
-        vocab=224,
-        experts=4,
-        top_k=2,
-        capacity=16,
-        equal_segments=True,
+    work = workload(
+        tokens=32, seq_len=16, hidden=64, head_dim=32, ffn_width=model.ffn_width, vocab=224, capacity=16
     )
     costs = step_cost(
         work, moe_layers=2 - dense, dense_layers=dense, head=True, micro_batches=1, parameters=10
