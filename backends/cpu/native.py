@@ -34,6 +34,12 @@ ARGUMENTS = {
     "rms_norm_backward_bfloat16": (COUNT, COUNT, *[ADDRESS] * 6, THREADS),
     "rotary_float32": (*[COUNT] * 5, ctypes.c_int, NUMBER, *[ADDRESS] * 4, THREADS),
     "rotary_bfloat16": (*[COUNT] * 5, ctypes.c_int, NUMBER, *[ADDRESS] * 4, THREADS),
+    "choices_of_rows": (COUNT, COUNT, *[ADDRESS] * 2),
+    "copy_to_rows": (*[COUNT] * 3, *[ADDRESS] * 3, THREADS),
+    "sum_of_rows_float32": (*[COUNT] * 4, *[ADDRESS] * 4, THREADS),
+    "sum_of_rows_bfloat16": (*[COUNT] * 4, *[ADDRESS] * 4, THREADS),
+    "weighted_rows_float32": (*[COUNT] * 3, *[ADDRESS] * 6, THREADS),
+    "weighted_rows_bfloat16": (*[COUNT] * 3, *[ADDRESS] * 6, THREADS),
 }
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from portmoe.accelerator import Operations
-from portmoe.backends.cpu import compiled_expert_ffn, compiled_rows
+from portmoe.backends.cpu import compiled_dispatch, compiled_expert_ffn, compiled_rows
 from portmoe.ops import bag_dispatch, buffered_expert_ffn, torch_native
 from portmoe.ops.operation import Implementation
 
@@ -13,6 +13,7 @@ class CpuOperations(Operations):
 
     def implementations(self) -> Sequence[Implementation]:
         return [
+            *compiled_dispatch.ALL,
             *bag_dispatch.ALL,
             *compiled_rows.ALL,
             *compiled_expert_ffn.ALL,

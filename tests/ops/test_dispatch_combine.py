@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from portmoe.backends.cpu import compiled_dispatch, native
 from portmoe.ops import bag_dispatch, combine, dispatch, torch_native
 
 DISPATCHES = {
@@ -12,11 +13,15 @@ DISPATCHES = {
     "gather": torch_native.DISPATCH_GATHER.function,
     "bag": bag_dispatch.bag_dispatch,
 }
+WIDE = list(DISPATCHES)  # those that compute float64 too
 COMBINES = {
     "reference": combine,
     "gather": torch_native.COMBINE_GATHER.function,
     "bag": bag_dispatch.bag_combine,
 }
+if not isinstance(native.kernels(), str):
+    DISPATCHES["compiled"] = compiled_dispatch.dispatch
+    COMBINES["compiled"] = compiled_dispatch.combine
 
 
 def random_rows(seed):
@@ -80,7 +85,7 @@ def test_combine_equals_the_loop_and_never_reads_a_row_without_a_token(function)
         torch.testing.assert_close(ours_weight.double(), grad_weight, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", DISPATCHES)
+@pytest.mark.parametrize("name", WIDE)
 def test_finite_differences(name):
     for seed in range(30):
         row_KS, rows, hidden, generator = random_rows(seed)

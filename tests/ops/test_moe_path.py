@@ -10,6 +10,7 @@ import gating_oracle as oracle
 import pytest
 import torch
 
+from portmoe.backends.cpu import compiled_dispatch, compiled_expert_ffn, native
 from portmoe.ops import (
     bag_dispatch,
     buffered_expert_ffn,
@@ -34,6 +35,12 @@ FOR_CPUS = {
     "combine": bag_dispatch.bag_combine,
     "static": buffered_expert_ffn.ALL[0].function,
     "ragged": buffered_expert_ffn.ALL[2].function,
+}
+COMPILED = {
+    "dispatch": compiled_dispatch.dispatch,
+    "combine": compiled_dispatch.combine,
+    "static": compiled_expert_ffn.ALL[0].function,
+    "ragged": compiled_expert_ffn.ALL[1].function,
 }
 GROUPED = NATIVE | {"ragged": torch_native.EXPERT_FFN_GROUPED_MM.function}
 
@@ -74,9 +81,12 @@ def dense(route, logits, x, w1, w3, w2, *, normalise, before_drops):
     return out, aux
 
 
-@pytest.mark.parametrize(
-    "functions", [REFERENCE, NATIVE, GROUPED, FOR_CPUS], ids=["reference", "native", "grouped", "for CPUs"]
-)
+PATHS = {"reference": REFERENCE, "native": NATIVE, "grouped": GROUPED, "for CPUs": FOR_CPUS}
+if not isinstance(native.kernels(), str):
+    PATHS["compiled"] = COMPILED
+
+
+@pytest.mark.parametrize("functions", PATHS.values(), ids=PATHS)
 @pytest.mark.parametrize("gating", ["gshard", "megablock", "dropless"])
 def test_layer_and_every_gradient(gating, functions):
     for seed in range(60):

@@ -49,9 +49,10 @@ def test_rows_are_moved_otherwise_where_that_was_not_asked_for(runs):
     _, chosen = recorded(runs / "plain")
     reasons, others = recorded(runs / "other")
     for op in ("dispatch", "combine"):
-        assert chosen[op] == "bag"
+        assert chosen[op] in ("compiled", "bag")  # there may be no compiler
         assert others[op] == "reference"
-        assert reasons[op]["bag"] == "not asked for: moe.enable_token_rearrange_opt is false"
+        for name in ("compiled", "bag"):
+            assert reasons[op][name] == "not asked for: moe.enable_token_rearrange_opt is false"
 
 
 def test_the_old_second_choice_is_other_mathematics(runs):
