@@ -65,7 +65,7 @@ class _CutCrossEntropy(torch.autograd.Function):
         group: dist.ProcessGroup,
         first: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        mine = slice_statistics(x_TH, weight_VH, labels_T - first, label_smoothing)
+        mine, kept = slice_statistics(x_TH, weight_VH, labels_T - first, label_smoothing)
         largest_T, predicted_T, exp_sum_T, logit_sum_T, target_T = mine
         numbers = torch.stack((largest_T, predicted_T.to(largest_T.dtype), exp_sum_T, logit_sum_T, target_T))
         gathered = numbers.new_empty(group.size() * len(mine), len(labels_T))
@@ -79,19 +79,20 @@ class _CutCrossEntropy(torch.autograd.Function):
         uniform = label_smoothing / (classes * group.size())
         loss_T = log_sum_T - (1 - label_smoothing) * target_PT.sum(0) - uniform * logit_sum_PT.sum(0)
         correct_T = predicted_T == labels_T
-        ctx.save_for_backward(x_TH, weight_VH, labels_T, log_sum_T)
+        ctx.save_for_backward(x_TH, weight_VH, labels_T, log_sum_T, *kept)
         ctx.label_smoothing, ctx.uniform, ctx.first = label_smoothing, uniform, first
         ctx.mark_non_differentiable(correct_T)
         return loss_T.masked_fill(labels_T == IGNORED, 0.0), correct_T
 
     @staticmethod
     def backward(ctx: Any, grad_T: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
-        x_TH, weight_VH, labels_T, log_sum_T = ctx.saved_tensors
+        x_TH, weight_VH, labels_T, log_sum_T, *kept = ctx.saved_tensors
         grad_T = grad_T.masked_fill(labels_T == IGNORED, 0.0)
         gradients = slice_gradients(
             x_TH,
             weight_VH,
             labels_T - ctx.first,
+            kept,
             log_sum_T,
             grad_T,
             ctx.label_smoothing,

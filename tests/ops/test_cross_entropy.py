@@ -28,9 +28,12 @@ def case(tokens=9, hidden=8, classes=29, dtype=torch.float32):
     return x_TH, weight_VH, labels_T, torch.randn(tokens, generator=generator)
 
 
-@pytest.fixture(params=[1, 37, 10**6], ids=lambda n: f"slice of {n} logits")
+@pytest.fixture(
+    params=[(1, 4), (37, 0), (37, 1), (10**6, 1)], ids=lambda p: "slice of {} logits, {} kept".format(*p)
+)
 def slice_elements(request, monkeypatch):
-    monkeypatch.setattr(chunked, "SLICE_ELEMENTS", request.param)
+    monkeypatch.setattr(chunked, "SLICE_ELEMENTS", request.param[0])
+    monkeypatch.setattr(chunked, "KEPT", request.param[1])
 
 
 @pytest.mark.usefixtures("slice_elements")
@@ -92,12 +95,13 @@ def test_no_tokens_and_only_one_gradient_wanted(function):
         assert leaves[frozen].grad is None
 
 
-def test_chunked_never_computes_more_than_a_slice(monkeypatch):
+def test_chunked_never_computes_more_than_a_slice_and_keeps_the_first_ones(monkeypatch):
     widths = []
     linear = torch.nn.functional.linear
     monkeypatch.setattr(chunked, "SLICE_ELEMENTS", 9 * 10)
+    monkeypatch.setattr(chunked, "KEPT", 1)
     monkeypatch.setattr(chunked.F, "linear", lambda x, w: widths.append(len(w)) or linear(x, w))
     x_TH, weight_VH, labels_T, grad_T = case()
     loss_T, _ = chunked.chunked_cross_entropy(x_TH, weight_VH, labels_T, 0.0)
     (loss_T * grad_T).sum().backward()
-    assert widths == [10, 10, 9] * 2
+    assert widths == [10, 10, 9, 10, 9]
