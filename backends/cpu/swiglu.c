@@ -6,9 +6,14 @@
 //
 // Compiled on first use by native.py, for the processor it runs on. No -ffast-math: NaN and inf pass through.
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include "numbers.h"
 
 #define LANES 32 // of a block: rows and columns
+#define STRIP 64 // rows computed before they are transposed
 typedef uint16_t block_row __attribute__((vector_size(2 * LANES)));
 
 // exp(x) to about one unit in the last place, for x brought to -80 … 80: no exponent overflows.
@@ -106,32 +111,52 @@ FORWARD(swiglu_float32, float, from_float, to_float)
 FORWARD(swiglu_bfloat16, uint16_t, from_bfloat16, to_bfloat16)
 BACKWARD(swiglu_backward_float32, float, from_float, to_float)
 
-// [rows, width] → [width, rows]
-static void transpose_strip(int64_t first, int64_t rows, int64_t width, const uint16_t *restrict from,
-                            uint16_t *restrict to) {
-    int64_t height = rows - first < LANES ? rows - first : LANES;
-    for (int64_t column = 0; column < width; column += LANES) {
-        int64_t breadth = width - column < LANES ? width - column : LANES;
-        if (height == LANES && breadth == LANES) {
-            block_row block[LANES];
-            for (int row = 0; row < LANES; row++)
-                memcpy(&block[row], from + (first + row) * width + column, sizeof(block_row));
-            transpose(block);
-            for (int lane = 0; lane < LANES; lane++)
-                memcpy(to + (column + lane) * rows + first, &block[lane], sizeof(block_row));
-        } else {
-            for (int64_t row = first; row < first + height; row++)
-                for (int64_t lane = column; lane < column + breadth; lane++)
-                    to[lane * rows + row] = from[row * width + lane];
-        }
+// Transposes are written past the caches, in whole lines: they are larger than what is near, and to fetch
+// what they overwrite takes longer than all arithmetic here.
+static inline void stream(uint16_t *to, block_row row) {
+#ifdef __AVX512F__
+    if ((uintptr_t)to % sizeof row == 0) {
+        _mm512_stream_si512((void *)to, (__m512i)row);
+        return;
     }
+#endif
+    memcpy(to, &row, sizeof row);
+}
+
+static inline void fence(void) { // before another thread reads what was streamed
+#ifdef __AVX512F__
+    _mm_sfence();
+#endif
+}
+
+// Rows ``first`` … ``end`` − 1 of [rows, width], to where they belong in [width, rows].
+static void transpose_strip(int64_t first, int64_t end, int64_t rows, int64_t width,
+                            const uint16_t *restrict from, uint16_t *restrict to) {
+    for (int64_t column = 0; column < width; column += LANES)
+        for (int64_t top = first; top < end; top += LANES) {
+            int64_t height = end - top < LANES ? end - top : LANES;
+            int64_t breadth = width - column < LANES ? width - column : LANES;
+            if (height == LANES && breadth == LANES) {
+                block_row block[LANES];
+                for (int row = 0; row < LANES; row++)
+                    memcpy(&block[row], from + (top + row) * width + column, sizeof(block_row));
+                transpose(block);
+                for (int lane = 0; lane < LANES; lane++)
+                    stream(to + (column + lane) * rows + top, block[lane]);
+            } else {
+                for (int64_t row = top; row < top + height; row++)
+                    for (int64_t lane = column; lane < column + breadth; lane++)
+                        to[lane * rows + row] = from[row * width + lane];
+            }
+        }
+    fence();
 }
 
 void transpose_bfloat16(int64_t rows, int64_t width, const uint16_t *restrict from, uint16_t *restrict to,
                         int threads) {
     _Pragma("omp parallel for num_threads(threads) if (threads > 1)")
-    for (int64_t first = 0; first < rows; first += LANES)
-        transpose_strip(first, rows, width, from, to);
+    for (int64_t first = 0; first < rows; first += STRIP)
+        transpose_strip(first, first + STRIP < rows ? first + STRIP : rows, rows, width, from, to);
 }
 
 // As swiglu_backward_float32 for [rows, width], and both gradients once more, transposed.
@@ -141,13 +166,13 @@ void swiglu_backward_bfloat16(int64_t rows, int64_t width, const uint16_t *restr
                               uint16_t *restrict grad_transposed, uint16_t *restrict grad_up_transposed,
                               int threads) {
     _Pragma("omp parallel for num_threads(threads) if (threads > 1)")
-    for (int64_t first = 0; first < rows; first += LANES) {
-        int64_t end = first + LANES < rows ? first + LANES : rows;
+    for (int64_t first = 0; first < rows; first += STRIP) {
+        int64_t end = first + STRIP < rows ? first + STRIP : rows;
         for (int64_t i = first * width; i < end * width; i++) {
             float g = from_bfloat16(gate[i]), u = from_bfloat16(up[i]), d = from_bfloat16(grad[i]);
             GRADIENTS(from_bfloat16, to_bfloat16, g, u, d, hidden[i], grad[i], grad_up[i])
         }
-        transpose_strip(first, rows, width, grad, grad_transposed); // 32 rows: still in the cache
-        transpose_strip(first, rows, width, grad_up, grad_up_transposed);
+        transpose_strip(first, end, rows, width, grad, grad_transposed); // a strip is still in the cache
+        transpose_strip(first, end, rows, width, grad_up, grad_up_transposed);
     }
 }
