@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from portmoe.accelerator import Operations
-from portmoe.backends.cpu import compiled_dispatch, compiled_expert_ffn, compiled_rows
+from portmoe.backends.cpu import compiled_dispatch, compiled_expert_ffn, compiled_router, compiled_rows
 from portmoe.ops import bag_dispatch, buffered_expert_ffn, torch_native
 from portmoe.ops.operation import Implementation
 
@@ -16,6 +16,7 @@ class CpuOperations(Operations):
             *compiled_dispatch.ALL,
             *bag_dispatch.ALL,
             *compiled_rows.ALL,
+            *compiled_router.ALL,
             *compiled_expert_ffn.ALL,
             *buffered_expert_ffn.ALL,
             *torch_native.ALL,

@@ -10,6 +10,7 @@ from portmoe.config import Config
 from portmoe.model.capacity import expert_rows
 from portmoe.model.parameters import ParameterCount, layer_parameters, moe_layers
 from portmoe.model.precision import compute_dtype
+from portmoe.ops.chunked_cross_entropy import KEPT_ELEMENTS
 
 FP32_BYTES = 4
 INDEX_BYTES = 8
@@ -107,15 +108,15 @@ def activation_bytes(
     * attention half: block input, norm output, q, k, v, attention output: 6·H·a; log-sum-exp 4·N;
     * feed-forward half: its input and norm output 2·H·a, then
       dense: gate, up and their product 3·F·a;
-      MoE: float32 router input 4·H (where a < 4) and E·(logits, probabilities) 8, per choice 36 of indices
-      and weights, per row of the experts' buffer (2·H + 3·F)·a;
+      MoE: E·(logits, probabilities) 8, per choice 36 of indices and weights, per row of the experts' buffer
+      (2·H + 3·F)·a;
       residual MoE: the dense network, both outputs and their product with the coefficients (3·F + 2·H)·a;
     * a recomputed layer: its input H·a; the largest layer once more while it is recomputed;
     * cut over tensor ranks: q, k, v, attention output, log-sum-exp, and all of width F; where the sequence is
       split between the regions: the inputs of block, feed-forward half, and final norm; where what enters a
       region is gathered again for the backward pass: the norm outputs;
-    * head: norm input and output 2·H·a, log-sum-exp 4; the logits are not kept whole. (The reference
-      cross entropy keeps them: V·(4 + a) more.)
+    * head: norm input and output 2·H·a, log-sum-exp 4, and a few slices of the logits. (The reference
+      cross entropy keeps all of them: V·(4 + a) more.)
 
     The CPU's implementations keep 0.9 to 1.5 times this, less where the experts' hidden rows are computed
     again; the plain references up to 2.5 times.
@@ -144,6 +145,7 @@ def activation_bytes(
     if head:
         norm = hidden * element // input_ranks + hidden * element // sequence_ranks
         kept += tokens * (norm + FP32_BYTES)
+        kept += min(tokens * model.vocab_size // tensor_ranks, KEPT_ELEMENTS) * element
     return kept
 
 
@@ -158,7 +160,7 @@ def _block_bytes(
     network = 3 * width * element // tensor_ranks
     if not moe:
         return tokens * (per_token + network)
-    per_token += 2 * FP32_BYTES * model.num_experts + FP32_BYTES * hidden * (element < FP32_BYTES)
+    per_token += 2 * FP32_BYTES * model.num_experts
     per_token += config.moe.top_k * (4 * INDEX_BYTES + FP32_BYTES)
     if model.moe_use_residual:
         per_token += network + 2 * hidden * element

@@ -30,7 +30,7 @@ class MoELayer(nn.Module):
     def __init__(self, config: Config, layer: int = 0, ops: OpTable | None = None) -> None:
         super().__init__()
         ops = ops or reference_table()
-        self.router = Router(config)
+        self.router = Router(config, ops)
         self.experts = Experts(config, ops)
         if config.model.moe_use_residual:
             self.residual = FeedForward(config, ops)

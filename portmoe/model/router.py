@@ -3,26 +3,13 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from portmoe.config import Config
 from portmoe.model.precision import computed
+from portmoe.ops import OpTable
 
 JITTER = 0.01  # half-width of the multiplicative noise of noisy_gate_policy "Jitter"
-
-
-def router_logits(
-    x_SH: torch.Tensor, weight_EH: torch.Tensor, jitter: torch.Generator | None = None
-) -> torch.Tensor:
-    """[S,H] in any dtype, weight [E,H] → logits [S,E] in float32, or float64 where x is.
-
-    ``jitter``: a CPU generator the input's noise U(0.99, 1.01) is drawn from; None: no noise.
-    """
-    x_SH = x_SH.to(torch.promote_types(x_SH.dtype, torch.float32))
-    if jitter is not None:
-        x_SH = x_SH * jitter_noise(x_SH.shape, jitter).to(x_SH.device)
-    return F.linear(x_SH, weight_EH)
 
 
 class Router(nn.Module):
@@ -32,13 +19,17 @@ class Router(nn.Module):
     that hooks modules sees where the gradient comes in.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, ops: OpTable) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.model.num_experts, config.model.hidden_size))
+        self.ops = ops
 
     def forward(self, x_SH: torch.Tensor, jitter: torch.Generator | None = None) -> torch.Tensor:
-        """``jitter``: where the input's noise is drawn from, see ``router_logits``."""
-        return router_logits(x_SH, computed(self.weight, torch.float32), jitter)
+        """``jitter``: a CPU generator the input's noise U(0.99, 1.01) is drawn from; None: no noise."""
+        if jitter is not None:
+            x_SH = x_SH.to(torch.promote_types(x_SH.dtype, torch.float32))
+            x_SH = x_SH * jitter_noise(x_SH.shape, jitter).to(x_SH.device)
+        return self.ops.router(x_SH, computed(self.weight, torch.float32))
 
 
 def jitter_noise(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:

@@ -13,6 +13,7 @@ from portmoe.ops.megablock_gating import MEGABLOCK_GATING, megablock_gating
 from portmoe.ops.operation import Implementation, Operation
 from portmoe.ops.rms_norm import RMS_NORM, rms_norm
 from portmoe.ops.rotary import ROTARY, rotary
+from portmoe.ops.router import ROUTER, router
 from portmoe.ops.routing import Routing
 from portmoe.ops.swiglu import SWIGLU, swiglu
 from portmoe.ops.table import OpTable, choose
@@ -26,6 +27,7 @@ OPERATIONS: dict[str, Operation] = {
         ROTARY,
         SWIGLU,
         ATTENTION,
+        ROUTER,
         TOPK_GATING,
         MEGABLOCK_GATING,
         DISPATCH,
@@ -56,6 +58,7 @@ __all__ = [
     "megablock_gating",
     "rms_norm",
     "rotary",
+    "router",
     "swiglu",
     "topk_gating",
 ]

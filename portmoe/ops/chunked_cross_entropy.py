@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from portmoe.ops.cross_entropy import IGNORED
 from portmoe.ops.products import slow_in
 
-# Of one slice's logits, and how many slices are kept. On the CPU a slice has 4 MiB in float32, which stay in
-# the cache; an accelerator wants wide products.
-SLICE_ELEMENTS, KEPT = 2**20, 4
-ACCELERATOR_SLICE_ELEMENTS, ACCELERATOR_KEPT = 2**24, 1
+# Of one slice's logits. On the CPU 4 MiB in float32, which stay in the cache; an accelerator wants wide
+# products.
+SLICE_ELEMENTS = 2**20
+ACCELERATOR_SLICE_ELEMENTS = 2**24
+KEPT_ELEMENTS = 2**22  # of the slices that are kept for the backward pass
 
 
 def chunked_cross_entropy(
@@ -78,9 +79,9 @@ def slice_statistics(
     largest_T = torch.full(labels_T.shape, -torch.inf, dtype=wide, device=x_TH.device)
     predicted_T = torch.zeros_like(labels_T)
     exp_sum_T, logit_sum_T, target_T = (torch.zeros_like(largest_T) for _ in range(3))
-    kept, keep = [], KEPT if x_TH.device.type == "cpu" else ACCELERATOR_KEPT
+    kept = []
     for start, slice_TS in _slices(x_TH, weight_VH):
-        if len(kept) < keep:
+        if slice_TS.shape[0] * start + slice_TS.numel() <= KEPT_ELEMENTS:
             kept.append(slice_TS)
         logits_TS = slice_TS.to(wide)
         slice_largest_T, slice_predicted_T = logits_TS.max(dim=1)

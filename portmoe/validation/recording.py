@@ -1,7 +1,7 @@
 """Recording every operation of a training step: what it was given, what it gave, what came back to it.
 
 Besides the operations of the table these are torch's own products that the model calls between them:
-linear maps, routers and the embedding.
+linear maps and the embedding.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_map
 
 from portmoe.model.linear import Linear
 from portmoe.model.precision import computed
-from portmoe.model.router import Router, router_logits
 from portmoe.ops import OPERATIONS, OpTable
 from portmoe.ops.operation import Operation, Sample, rounding
 from portmoe.ops.products import linear
@@ -35,10 +34,9 @@ def _embedding(tokens_T: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
 # One product, rounded once; float32 adds up as many terms as the width, the gradients as many as tokens.
 # A row of the embedding's gradient adds those of all its tokens, in any order.
 LINEAR = Operation("linear", linear, _none, rounding(4, sums=16))
-ROUTER = Operation("router", router_logits, _none, rounding(4, sums=16))
 EMBEDDING = Operation("embedding", _embedding, _none, rounding(4, sums=16))
 
-PLAIN = {operation.name: operation for operation in (LINEAR, ROUTER, EMBEDDING)}
+PLAIN = {operation.name: operation for operation in (LINEAR, EMBEDDING)}
 
 
 @dataclass
@@ -115,10 +113,6 @@ def _linear_of(module: Linear, x: torch.Tensor) -> tuple:
     return LINEAR, x, computed(module.weight, x.dtype), bias
 
 
-def _router_of(module: Router, x_SH: torch.Tensor, jitter: torch.Generator | None = None) -> tuple:
-    return ROUTER, x_SH, computed(module.weight, torch.float32), jitter
-
-
 def _embedding_of(module: nn.Embedding, tokens_T: torch.Tensor) -> tuple:
     return EMBEDDING, tokens_T, module.weight
 
@@ -126,7 +120,6 @@ def _embedding_of(module: nn.Embedding, tokens_T: torch.Tensor) -> tuple:
 # A module that computes one plain operation: that operation, and its arguments.
 _PLAIN: dict[type, Callable[..., tuple]] = {
     Linear: _linear_of,
-    Router: _router_of,
     nn.Embedding: _embedding_of,
 }
 

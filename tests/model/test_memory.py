@@ -81,7 +81,7 @@ def test_estimate_is_close_to_what_the_cpu_keeps(model):
 def test_activations_by_hand():
     config = make_config(num_experts=1, num_layers=2, dtype="bfloat16")  # H = 64, F = 96, N = 4
     block = TOKENS * (8 * 64 * 2 + 4 * 4 + 3 * 96 * 2)
-    head = TOKENS * (2 * 64 * 2 + 4)
+    head = TOKENS * (2 * 64 * 2 + 4 + 256 * 2)
     assert activation_bytes(config, TOKENS) == 2 * block + head
     assert activation_bytes(config, TOKENS, head=False) == 2 * block
 

@@ -29,11 +29,12 @@ def case(tokens=9, hidden=8, classes=29, dtype=torch.float32):
 
 
 @pytest.fixture(
-    params=[(1, 4), (37, 0), (37, 1), (10**6, 1)], ids=lambda p: "slice of {} logits, {} kept".format(*p)
+    params=[(1, 40), (37, 0), (37, 30), (10**6, 10**6)],
+    ids=lambda p: "slice of {} logits, {} kept".format(*p),
 )
 def slice_elements(request, monkeypatch):
     monkeypatch.setattr(chunked, "SLICE_ELEMENTS", request.param[0])
-    monkeypatch.setattr(chunked, "KEPT", request.param[1])
+    monkeypatch.setattr(chunked, "KEPT_ELEMENTS", request.param[1])
 
 
 @pytest.mark.usefixtures("slice_elements")
@@ -99,7 +100,7 @@ def test_chunked_never_computes_more_than_a_slice_and_keeps_the_first_ones(monke
     widths = []
     linear = torch.nn.functional.linear
     monkeypatch.setattr(chunked, "SLICE_ELEMENTS", 9 * 10)
-    monkeypatch.setattr(chunked, "KEPT", 1)
+    monkeypatch.setattr(chunked, "KEPT_ELEMENTS", 9 * 19)
     monkeypatch.setattr(chunked.F, "linear", lambda x, w: widths.append(len(w)) or linear(x, w))
     x_TH, weight_VH, labels_T, grad_T = case()
     loss_T, _ = chunked.chunked_cross_entropy(x_TH, weight_VH, labels_T, 0.0)

@@ -3,9 +3,12 @@
 from collections import defaultdict
 from functools import cache
 
+import faults_of_experts  # noqa: F401
+import faults_of_layers  # noqa: F401
+import faults_of_routing  # noqa: F401
 import pytest
 import torch
-from faults import FAULTS
+from planting import FAULTS
 
 from portmoe.accelerator import get_accelerator
 from portmoe.ops import OPERATIONS
