@@ -65,10 +65,10 @@ void copy_to_rows(int64_t tokens, int64_t rows, int64_t size, const int64_t *res
                 continue;                                                                                    \
             }                                                                                                \
             const TYPE *from = y + row * width, *g = grad + choice % tokens * width;                         \
-            float part[LANES] = {0}, sum = 0, scale = weight[choice];                                        \
+            float part[PARTS] = {0}, sum = 0, scale = weight[choice];                                        \
             int64_t i = 0;                                                                                   \
-            for (; i + LANES <= width; i += LANES)                                                           \
-                for (int lane = 0; lane < LANES; lane++) {                                                   \
+            for (; i + PARTS <= width; i += PARTS)                                                           \
+                for (int lane = 0; lane < PARTS; lane++) {                                                   \
                     float of_result = FROM(g[i + lane]);                                                     \
                     part[lane] += FROM(from[i + lane]) * of_result;                                          \
                     to[i + lane] = TO(scale * of_result);                                                    \
@@ -77,7 +77,7 @@ void copy_to_rows(int64_t tokens, int64_t rows, int64_t size, const int64_t *res
                 sum += FROM(from[i]) * FROM(g[i]);                                                           \
                 to[i] = TO(scale * FROM(g[i]));                                                              \
             }                                                                                                \
-            for (int lane = 0; lane < LANES; lane++) sum += part[lane];                                      \
+            sum += total(part);                                                                              \
             grad_weight[choice] = sum;                                                                       \
         }                                                                                                    \
     }

@@ -19,3 +19,13 @@ static inline uint16_t to_bfloat16(float number) { // to nearest, ties to even
 
 static inline float from_float(float value) { return value; }
 static inline float to_float(float number) { return number; }
+
+// Sums are kept in as many parts, so that they need no order; in the end halves are added to halves, since
+// one after the other each addition would wait for the one before.
+#define PARTS 32
+
+static inline float total(float *restrict part) {
+    for (int half = PARTS / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) part[i] += part[half + i];
+    return part[0];
+}

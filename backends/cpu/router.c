@@ -14,12 +14,13 @@
             const TYPE *from = x + token * width;                                                            \
             for (int64_t expert = 0; expert < experts; expert++) {                                           \
                 const float *w = weight + expert * width;                                                    \
-                float part[LANES] = {0}, sum = 0;                                                            \
+                float part[PARTS] = {0}, sum = 0;                                                            \
                 int64_t i = 0;                                                                               \
-                for (; i + LANES <= width; i += LANES)                                                       \
-                    for (int lane = 0; lane < LANES; lane++) part[lane] += FROM(from[i + lane]) * w[i + lane]; \
+                for (; i + PARTS <= width; i += PARTS)                                                       \
+                    for (int lane = 0; lane < PARTS; lane++)                                                 \
+                        part[lane] += FROM(from[i + lane]) * w[i + lane];                                    \
                 for (; i < width; i++) sum += FROM(from[i]) * w[i];                                          \
-                for (int lane = 0; lane < LANES; lane++) sum += part[lane];                                  \
+                sum += total(part);                                                                          \
                 logits[token * experts + expert] = sum;                                                      \
             }                                                                                                \
         }                                                                                                    \

@@ -6,8 +6,6 @@
 
 #include "numbers.h"
 
-#define LANES 32 // sums are kept in as many parts, so that they need no order
-
 #define RMS_NORM(NAME, TYPE, FROM, TO)                                                                       \
     void NAME(int64_t rows, int64_t width, float eps, const TYPE *restrict x, const TYPE *restrict weight,   \
               TYPE *restrict y, float *restrict scale, int threads) {                                        \
@@ -15,13 +13,13 @@
         for (int64_t row = 0; row < rows; row++) {                                                           \
             const TYPE *from = x + row * width;                                                              \
             TYPE *to = y + row * width;                                                                      \
-            float part[LANES] = {0}, sum = 0;                                                                \
+            float part[PARTS] = {0}, sum = 0;                                                                \
             int64_t i = 0;                                                                                   \
-            for (; i + LANES <= width; i += LANES)                                                           \
-                for (int lane = 0; lane < LANES; lane++)                                                     \
+            for (; i + PARTS <= width; i += PARTS)                                                           \
+                for (int lane = 0; lane < PARTS; lane++)                                                     \
                     part[lane] += FROM(from[i + lane]) * FROM(from[i + lane]);                               \
             for (; i < width; i++) sum += FROM(from[i]) * FROM(from[i]);                                     \
-            for (int lane = 0; lane < LANES; lane++) sum += part[lane];                                      \
+            sum += total(part);                                                                              \
             float s = scale[row] = 1.0f / sqrtf(sum / width + eps);                                          \
             for (i = 0; i < width; i++) to[i] = TO(FROM(from[i]) * s * FROM(weight[i]));                     \
         }                                                                                                    \
@@ -41,13 +39,13 @@
             for (int64_t row = thread * share; row < end; row++) {                                           \
                 const TYPE *from = x + row * width, *g = grad + row * width;                                 \
                 TYPE *to = grad_x + row * width;                                                             \
-                float part[LANES] = {0}, sum = 0, s = scale[row];                                            \
+                float part[PARTS] = {0}, sum = 0, s = scale[row];                                            \
                 int64_t i = 0;                                                                               \
-                for (; i + LANES <= width; i += LANES)                                                       \
-                    for (int lane = 0; lane < LANES; lane++)                                                 \
+                for (; i + PARTS <= width; i += PARTS)                                                       \
+                    for (int lane = 0; lane < PARTS; lane++)                                                 \
                         part[lane] += FROM(from[i + lane]) * FROM(g[i + lane]) * FROM(weight[i + lane]);     \
                 for (; i < width; i++) sum += FROM(from[i]) * FROM(g[i]) * FROM(weight[i]);                  \
-                for (int lane = 0; lane < LANES; lane++) sum += part[lane];                                  \
+                sum += total(part);                                                                          \
                 float shift = sum / width * s * s;                                                           \
                 for (i = 0; i < width; i++) {                                                                \
                     float normed = FROM(from[i]) * s, of_result = FROM(g[i]);                                \

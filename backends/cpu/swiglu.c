@@ -82,7 +82,7 @@ static inline void transpose(block_row *rows) {
             int64_t end = start + 4096 < count ? start + 4096 : count;                                       \
             for (int64_t i = start; i < end; i++) {                                                          \
                 float g = FROM(gate[i]);                                                                     \
-                hidden[i] = TO(g * sigmoid(g) * FROM(up[i]));                                      \
+                hidden[i] = TO(g * sigmoid(g) * FROM(up[i]));                                                \
             }                                                                                                \
         }                                                                                                    \
     }

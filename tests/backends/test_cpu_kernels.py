@@ -4,7 +4,7 @@ import pytest
 import torch
 from agreement import workload
 
-from portmoe.backends.cpu import compiled_expert_ffn, compiled_rows, native
+from portmoe.backends.cpu import compiled_expert_ffn, compiled_router, compiled_rows, native
 
 needs_compiler = pytest.mark.skipif(isinstance(native.kernels(), str), reason=str(native.kernels()))
 
@@ -164,3 +164,32 @@ def test_a_tensor_without_memory_of_its_own_is_refused():
 
     with pytest.raises(TypeError, match="memory of their own, not a Wrapper"):
         native.addresses(torch.ones(2), Wrapper(torch.ones(3)))
+
+
+@needs_compiler
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("tokens", "experts", "width"), [(1, 1, 1), (0, 2, 8), (5, 3, 70), (33, 16, 130)])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
+def test_router_by_two_threads_against_float64(tokens, experts, width, dtype, rtol):
+    generator = torch.Generator().manual_seed(tokens)
+    x_SH = torch.randn(tokens, width, generator=generator).to(dtype).requires_grad_()
+    weight_EH = torch.randn(experts, width, generator=generator).requires_grad_()
+    grad_SE = torch.randn(tokens, experts, generator=generator)
+    wide = [t.detach().double().requires_grad_() for t in (x_SH, weight_EH)]
+    expected_SE = wide[0] @ wide[1].t()
+    logits_SE = compiled_router.router(x_SH, weight_EH)
+    grads = torch.autograd.grad(logits_SE, (x_SH, weight_EH), grad_SE)
+    controls = torch.autograd.grad(expected_SE, wide, grad_SE.double())
+    for ours, control, share in (
+        (logits_SE, expected_SE, 2e-6),  # exact products of what may be bfloat16
+        (grads[0], controls[0], rtol),
+        (grads[1], controls[1], 2e-6),
+    ):
+        torch.testing.assert_close(ours.double(), control, rtol=share, atol=share * 10)
+
+
+@needs_compiler
+def test_many_experts_are_left_to_a_matrix_product():
+    (implementation,) = compiled_router.ALL
+    assert implementation.supports(workload()) is None
+    assert "17 experts" in implementation.supports(workload(experts=17))
