@@ -115,6 +115,7 @@ def open_bench(arguments: argparse.Namespace) -> Bench:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     accelerator = get_accelerator(arguments.backend)
+    accelerator.memory.keep_freed()
     clock = time.process_time if arguments.processor_time else time.perf_counter
     return Bench(accelerator, accelerator.open(0), clock)
 

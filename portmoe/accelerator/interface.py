@@ -266,6 +266,9 @@ class Memory:
     def reset_peak(self) -> None:
         torch.accelerator.reset_peak_memory_stats()
 
+    def keep_freed(self) -> None:
+        """From now on use freed memory again, not hand it back to the system. Most allocators do so."""
+
     def total(self) -> int:
         """Bytes of memory the current device has."""
         return torch.accelerator.get_memory_info()[1]

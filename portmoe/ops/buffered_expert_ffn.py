@@ -23,7 +23,9 @@ from portmoe.ops.products import Products, float32_products, native_products, sl
 from portmoe.ops.workload import Workload
 
 PIECE_ELEMENTS = 2**17  # of the elementwise work done at a time
-GRANULE = 64  # ragged row counts are rounded up to it in 16-bit types: every new count costs a new kernel
+# In 16-bit types ragged row counts are rounded up to the height of a matrix unit's tile: every new count
+# costs a new kernel.
+GRANULE = 16
 
 
 class Elementwise(Protocol):

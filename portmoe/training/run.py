@@ -73,6 +73,7 @@ def train(config: Config, config_name: str, backend: str, launcher: str, profile
     check_data(config, layout.data, layout.micro_num)
     accelerator = get_accelerator(backend)
     accelerator.device.set_deterministic(config.cudnn_deterministic)
+    accelerator.memory.keep_freed()
     if config.model.dtype == "tf32":
         torch.set_float32_matmul_precision("high")
     with ExitStack() as stack, _explained(ranks) as roll_calls:

@@ -1,4 +1,7 @@
 import os
+import platform
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -89,3 +92,29 @@ def test_the_process_group_is_gloo(cpu):
         assert value.tolist() == [1, 1, 1]
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library has no such settings")
+def test_freed_memory_is_used_again():
+    """Counted by the pages the system had to map; a process of its own, since the setting stays."""
+    script = """
+import resource, torch
+from portmoe import get_accelerator
+
+def pages(mebibytes):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(mebibytes * 2**20, dtype=torch.uint8)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * 4096 / 2**20
+
+pages(100)
+returned = pages(90)
+get_accelerator("cpu").memory.keep_freed()
+pages(100)
+print(returned, pages(90))
+"""
+    command = [sys.executable, "-c", script]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200, env=environment)
+    returned, kept = map(float, done.stdout.split())
+    assert returned > 80
+    assert kept < 10
