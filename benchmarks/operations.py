@@ -4,8 +4,12 @@ Timed is one forward and backward of the operation's first sample, as ``ops.sele
 bytes are those of every argument, result and gradient once: what no implementation can avoid. The
 ceiling is the sum of the products' FLOPs and of those bytes, each at its measured peak.
 
+The last line says what it costs a model to call an operation by way of its table of chosen functions.
+
   python benchmarks/operations.py --config tiny_moe4 --threads 1
 """
+
+import timeit
 
 import torch
 from measuring import Bench, open_bench, options, report
@@ -16,9 +20,11 @@ from portmoe import load_config
 from portmoe.ops import OPERATIONS, Implementation, Operation, Segments, Workload
 from portmoe.ops.measure import seconds_per_call
 from portmoe.ops.operation import Sample
-from portmoe.ops.table import REFERENCE
+from portmoe.ops.table import REFERENCE, OpTable
 from portmoe.parallel.layout import Layout
 from portmoe.parallel.workload import workload_of
+
+CALLS = 1_000_000
 
 
 def product_flops(operation: str, sample: Sample, workload: Workload) -> int:
@@ -27,6 +33,8 @@ def product_flops(operation: str, sample: Sample, workload: Workload) -> int:
     if operation in ("expert_ffn", "expert_ffn_ragged"):
         rows = sample.args[0].numel() // workload.hidden
         forward = 6 * rows * workload.hidden * workload.ffn_width
+    if operation == "router":
+        forward = 2 * workload.tokens * workload.hidden * workload.experts
     if operation == "cross_entropy":
         forward = 2 * workload.tokens * workload.hidden * workload.vocab
     if operation == "attention":
@@ -73,6 +81,18 @@ def measure(bench: Bench, workload: Workload, only: str) -> list[dict]:
     return rows
 
 
+def call_overhead() -> float:
+    """Seconds that a call through the table takes more than one of the function itself."""
+
+    def nothing() -> None:
+        pass
+
+    ops = OpTable({"swiglu": nothing}, ())
+    through_table = min(timeit.repeat(lambda: ops.swiglu(), number=CALLS))
+    directly = min(timeit.repeat(lambda: nothing(), number=CALLS))
+    return (through_table - directly) / CALLS
+
+
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--config", default="tiny_moe4", help="a packaged name or a path")
@@ -86,6 +106,7 @@ def main() -> None:
     workload = workload_of(config, Layout.plan(config, 1), bench.device)
     title = f"Operations on the shapes of {arguments.config}, {workload.tokens} tokens, {workload.dtype}"
     report(bench, title, measure(bench, workload, arguments.operation), arguments)
+    print(f"calling an operation through the table costs {call_overhead() * 1e9:.0f} ns")
 
 
 if __name__ == "__main__":
