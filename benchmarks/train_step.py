@@ -4,7 +4,8 @@ Ours is the native engine as ``portmoe train`` runs it, on one rank: forward, ba
 clipping, AdamW, metrics. Without transformers only ours is timed.
 
 Beside the times, both train from the same weights on the same tokens for 20 steps, ours with a capacity
-that drops nothing, and the losses are printed: they are the same model.
+that drops nothing, and the losses are printed: they are the same model. In 16-bit types theirs keeps float32
+weights for this, by autocast: weights in bfloat16 lose most updates.
 
   python benchmarks/train_step.py --threads 1
 """
@@ -133,9 +134,17 @@ class Theirs:
 
     Args:
         biases: add those our projections have and theirs have not, as zeros.
+        autocast: the type of products, where it is not that of the weights.
     """
 
-    def __init__(self, config: Config, bench: Bench, dtype: torch.dtype, biases: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        bench: Bench,
+        dtype: torch.dtype,
+        biases: bool = False,
+        autocast: torch.dtype | None = None,
+    ) -> None:
         from transformers import MixtralConfig, MixtralForCausalLM
 
         model_config = config.model
@@ -168,10 +177,16 @@ class Theirs:
             fused=True,
         )
         self._numbers = iter(range(1_000_000))
+        self._autocast = {
+            "device_type": bench.device.type,
+            "dtype": autocast,
+            "enabled": autocast is not None,
+        }
 
     def step(self, tokens_BL: torch.Tensor) -> float:
         """One step at our learning rate; its loss."""
-        loss = self.model(input_ids=tokens_BL, labels=tokens_BL).loss
+        with torch.autocast(**self._autocast):
+            loss = self.model(input_ids=tokens_BL, labels=tokens_BL).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), self._config.hybrid_zero_optimizer.clip_grad_norm
@@ -190,8 +205,9 @@ def compare_losses(arguments: argparse.Namespace, bench: Bench) -> list[dict]:
     shape = (4, arguments.sequences, arguments.seq_len)
     batches = torch.randint(arguments.vocab, shape, generator=generator).to(bench.device)
     torch.manual_seed(0)
-    dtype = getattr(torch, arguments.dtype)
-    ours, theirs = Ours(config, bench), Theirs(config, bench, dtype, biases=True)
+    narrow = None if arguments.dtype == "float32" else getattr(torch, arguments.dtype)
+    ours = Ours(config, bench)
+    theirs = Theirs(config, bench, torch.float32, biases=True, autocast=narrow)
     ours.take_weights(theirs.model)
     rows = []
     for step in range(STEPS):

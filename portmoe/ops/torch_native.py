@@ -56,6 +56,20 @@ def _sdpa_batch(
     return o_BNLD.transpose(1, 2)
 
 
+class _Router(torch.autograd.Function):
+    """Keeps the tokens in their own dtype, and widens them once more in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x_SH, weight_EH)
+        return F.linear(x_SH.to(weight_EH.dtype), weight_EH)
+
+    @staticmethod
+    def backward(ctx: Any, grad_SE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x_SH, weight_EH = ctx.saved_tensors
+        return (grad_SE @ weight_EH).to(x_SH.dtype), grad_SE.t() @ x_SH.to(weight_EH.dtype)
+
+
 def _expert_loop(
     x_ECH: torch.Tensor, w1_EFH: torch.Tensor, w3_EFH: torch.Tensor, w2_EHF: torch.Tensor
 ) -> torch.Tensor:
@@ -146,6 +160,7 @@ def _adamw(
 RMS_NORM = Implementation("rms_norm", "torch", _rms_norm)
 SWIGLU = Implementation("swiglu", "silu", _swiglu)
 ATTENTION_SDPA = Implementation("attention", "sdpa", _sdpa, requested_by="model.use_flash_attn")
+ROUTER_LEAN = Implementation("router", "lean", _Router.apply)
 DISPATCH_GATHER = Implementation(
     "dispatch", "gather", gather_dispatch, requested_by="moe.enable_token_rearrange_opt"
 )
@@ -166,6 +181,7 @@ ALL = (
     RMS_NORM,
     SWIGLU,
     ATTENTION_SDPA,
+    ROUTER_LEAN,
     DISPATCH_GATHER,
     COMBINE_GATHER,
     EXPERT_FFN_LOOP,
