@@ -177,15 +177,11 @@ class Theirs:
             fused=True,
         )
         self._numbers = iter(range(1_000_000))
-        self._autocast = {
-            "device_type": bench.device.type,
-            "dtype": autocast,
-            "enabled": autocast is not None,
-        }
+        self._autocast = torch.autocast(bench.device.type, autocast, enabled=autocast is not None)
 
     def step(self, tokens_BL: torch.Tensor) -> float:
         """One step at our learning rate; its loss."""
-        with torch.autocast(**self._autocast):
+        with self._autocast:
             loss = self.model(input_ids=tokens_BL, labels=tokens_BL).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(

@@ -37,4 +37,4 @@ def peak(function):
 @pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark is read from /proc")
 def test_the_logits_are_never_held_whole():
     assert peak("plain") > 1.9 * LOGITS  # the measurement sees them: once, and their gradient
-    assert peak("chunked") < LOGITS / 3  # some slices of 4 MiB and the gradients, also 4 MiB
+    assert peak("chunked") < LOGITS / 2  # 16 MiB kept, some slices of 4 MiB, and the gradients, also 4 MiB
