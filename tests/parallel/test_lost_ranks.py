@@ -2,12 +2,12 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
+from free_port import free_port
 from worlds import MODEL, records
 
 LONG = ("data.total_steps=100000", "run.collective_timeout=15")
@@ -25,14 +25,11 @@ def ranks(tmp_path):
     started = []
 
     def start(size, *overrides):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         common = {
             "WORLD_SIZE": size,
             "LOCAL_WORLD_SIZE": size,
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
+            "MASTER_PORT": free_port(),
         }
         for rank in range(size):
             place = common | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1}

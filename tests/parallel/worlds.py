@@ -5,12 +5,13 @@ import io
 import json
 import multiprocessing as mp
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+from free_port import free_port
 
 PATIENCE = 120  # seconds for one call; a hang is a failure
 
@@ -38,9 +39,7 @@ class World:
 
     def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Each rank's result of ``function(*args)``. Any failure ends the processes."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         for pipe in self._pipes:
             pipe.send((function, args, port))
         results, failures = [None] * self.size, []

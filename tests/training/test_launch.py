@@ -2,13 +2,13 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from free_port import free_port
 
 from portmoe.errors import BackendError, ConfigError
 from portmoe.training import launch
@@ -159,12 +159,6 @@ def start_task(rank, tasks, port, timeout):
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_tasks_of_srun_meet():

@@ -3,10 +3,11 @@
 import json
 import os
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from free_port import free_port
 
 README = Path(__file__).parents[2] / "README.md"
 SMALL = (
@@ -50,12 +51,6 @@ def assert_trained(processes, ranks, directory):
     records = [json.loads(text) for text in (directory / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [0, 1, 2]
     assert f"{ranks} ranks: data {ranks}" in (directory / "train.log").read_text()
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_srun_on_two_machines(tmp_path):
