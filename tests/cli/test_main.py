@@ -190,6 +190,8 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
 
 def test_an_interrupt_ends_a_real_process_quietly():
     code = "import os, signal; from portmoe.cli import main; import portmoe.cli.config as c\n"
+    # A shell starts what runs in its background with interrupts ignored, and children inherit that.
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "c.load_config = lambda *_: os.kill(os.getpid(), signal.SIGINT) or __import__('time').sleep(9)\n"
     code += "import sys; sys.exit(main.run(['config']))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
