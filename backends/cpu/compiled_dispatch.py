@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from portmoe.backends.cpu.native import NAMES, addresses, require, supports
+from portmoe.backends.cpu.native import addresses, kernel, require, supports
 from portmoe.ops.bag_dispatch import KEY
 from portmoe.ops.operation import Implementation
 
@@ -20,7 +20,7 @@ def dispatch(x_SH: torch.Tensor, row_KS: torch.Tensor, rows: int) -> torch.Tenso
 
 def combine(y_RH: torch.Tensor, row_KS: torch.Tensor, weight_KS: torch.Tensor) -> torch.Tensor:
     """The contract of ``combine``, for float32 and bfloat16."""
-    return _Combine.apply(y_RH, row_KS.contiguous(), weight_KS)
+    return _Combine.apply(y_RH, row_KS.contiguous(), weight_KS.float().contiguous())
 
 
 class _Dispatch(torch.autograd.Function):
@@ -53,11 +53,10 @@ class _Combine(torch.autograd.Function):
         (rows, width), tokens = y_RH.shape, row_KS.shape[1]
         grad_y_RH = torch.empty_like(y_RH)
         grad_weight_KS = torch.zeros(row_KS.shape, dtype=torch.float32)  # what is dropped is not written
-        weights_KS = weight_KS.float().contiguous()
-        tensors = (_choice_of_row(row_KS, rows), weights_KS, y_RH, grad_SH, grad_y_RH, grad_weight_KS)
-        kernel = getattr(require(), f"weighted_rows_{NAMES[y_RH.dtype]}")
-        kernel(tokens, rows, width, *addresses(*tensors), torch.get_num_threads())
-        return grad_y_RH, None, grad_weight_KS.to(weight_KS.dtype)
+        tensors = (_choice_of_row(row_KS, rows), weight_KS, y_RH, grad_SH, grad_y_RH, grad_weight_KS)
+        sizes = (tokens, rows, width)
+        kernel("weighted_rows", y_RH.dtype)(*sizes, *addresses(*tensors), torch.get_num_threads())
+        return grad_y_RH, None, grad_weight_KS
 
 
 def _choice_of_row(row_KS: torch.Tensor, rows: int) -> torch.Tensor:
@@ -72,10 +71,10 @@ def _sum_of_rows(y_RH: torch.Tensor, row_KS: torch.Tensor, weight_KS: torch.Tens
     y_RH, (choices, tokens) = y_RH.contiguous(), row_KS.shape
     rows, width = y_RH.shape
     out_SH = y_RH.new_empty(tokens, width)
-    weights_KS = None if weight_KS is None else weight_KS.float().contiguous()
-    row, weight, y, out = (0 if t is None else addresses(t)[0] for t in (row_KS, weights_KS, y_RH, out_SH))
-    kernel = getattr(require(), f"sum_of_rows_{NAMES[y_RH.dtype]}")
-    kernel(tokens, choices, rows, width, row, weight, y, out, torch.get_num_threads())
+    row, y, out = addresses(row_KS, y_RH, out_SH)
+    weight = None if weight_KS is None else addresses(weight_KS)[0]
+    sizes = (tokens, choices, rows, width)
+    kernel("sum_of_rows", y_RH.dtype)(*sizes, row, weight, y, out, torch.get_num_threads())
     return out_SH
 
 

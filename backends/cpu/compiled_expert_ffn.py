@@ -6,7 +6,7 @@ memory, and in bfloat16 no product has a transposed first factor: the kernels wr
 
 import torch
 
-from portmoe.backends.cpu.native import NAMES, addresses, require, supports
+from portmoe.backends.cpu.native import addresses, kernel, require, supports
 from portmoe.ops.buffered_expert_ffn import native, ragged, static
 from portmoe.ops.operation import Implementation
 from portmoe.ops.products import native_products
@@ -17,8 +17,8 @@ class Kernels:
     """``Elementwise`` by the kernels of swiglu.c, on contiguous tensors."""
 
     def forward(self, gate_PF: torch.Tensor, up_PF: torch.Tensor, hidden_PF: torch.Tensor) -> None:
-        kernel = getattr(require(), f"swiglu_{NAMES[gate_PF.dtype]}")
-        kernel(gate_PF.numel(), *addresses(gate_PF, up_PF, hidden_PF), torch.get_num_threads())
+        pointers = addresses(gate_PF, up_PF, hidden_PF)
+        kernel("swiglu", gate_PF.dtype)(gate_PF.numel(), *pointers, torch.get_num_threads())
 
     def backward(
         self,

@@ -4,18 +4,15 @@ from typing import Any
 
 import torch
 
-from portmoe.backends.cpu.native import NAMES, addresses, require, supports
+from portmoe.backends.cpu.native import addresses, kernel, supports
 from portmoe.ops.operation import Implementation
-from portmoe.ops.router import ROUTER
 from portmoe.ops.workload import Workload
 
 EXPERTS = 16  # more of them are better served by a matrix product
 
 
 def router(x_SH: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor:
-    """The contract of ``router``."""
-    if x_SH.dtype not in NAMES or weight_EH.dtype != torch.float32:
-        return ROUTER.reference(x_SH, weight_EH)
+    """The contract of ``router``, for float32 and bfloat16."""
     return _Router.apply(x_SH, weight_EH)
 
 
@@ -27,8 +24,8 @@ class _Router(torch.autograd.Function):
         x_SH, weight_EH = x_SH.contiguous(), weight_EH.contiguous()
         ctx.save_for_backward(x_SH, weight_EH)
         logits_SE = weight_EH.new_empty(len(x_SH), len(weight_EH))
-        kernel, threads = getattr(require(), f"router_{NAMES[x_SH.dtype]}"), torch.get_num_threads()
-        kernel(len(x_SH), *weight_EH.shape, *addresses(x_SH, weight_EH, logits_SE), threads)
+        sizes, pointers = (len(x_SH), *weight_EH.shape), addresses(x_SH, weight_EH, logits_SE)
+        kernel("router", x_SH.dtype)(*sizes, *pointers, torch.get_num_threads())
         return logits_SE
 
     @staticmethod
@@ -37,8 +34,8 @@ class _Router(torch.autograd.Function):
         grad_x_SH, threads = torch.empty_like(x_SH), torch.get_num_threads()
         grad_weight_PEH = weight_EH.new_zeros(threads, *weight_EH.shape)
         tensors = (x_SH, weight_EH, grad_SE.contiguous(), grad_x_SH, grad_weight_PEH)
-        kernel = getattr(require(), f"router_backward_{NAMES[x_SH.dtype]}")
-        kernel(len(x_SH), *weight_EH.shape, *addresses(*tensors), threads)
+        sizes = (len(x_SH), *weight_EH.shape)
+        kernel("router_backward", x_SH.dtype)(*sizes, *addresses(*tensors), threads)
         return grad_x_SH, grad_weight_PEH.sum(0)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from portmoe.backends.cpu.native import NAMES, address, addresses, require, supports
+from portmoe.backends.cpu.native import NAMES, address, addresses, kernel, supports
 from portmoe.ops.operation import Implementation
 from portmoe.ops.torch_native import RMS_NORM
 
@@ -33,8 +33,8 @@ class _RmsNorm(torch.autograd.Function):
         rows = x_TH.numel() // width
         y_TH = torch.empty_like(x_TH)
         scale_T = torch.empty(rows, dtype=torch.float32)
-        kernel = getattr(require(), f"rms_norm_{NAMES[x_TH.dtype]}")
-        kernel(rows, width, eps, *addresses(x_TH, weight_H, y_TH, scale_T), torch.get_num_threads())
+        pointers = addresses(x_TH, weight_H, y_TH, scale_T)
+        kernel("rms_norm", x_TH.dtype)(rows, width, eps, *pointers, torch.get_num_threads())
         ctx.save_for_backward(x_TH, weight_H, scale_T)
         return y_TH
 
@@ -43,9 +43,9 @@ class _RmsNorm(torch.autograd.Function):
         x_TH, weight_H, scale_T = ctx.saved_tensors
         grad_x_TH, threads = torch.empty_like(x_TH), torch.get_num_threads()
         grad_weight_PH = torch.zeros(threads, weight_H.numel(), dtype=torch.float32)
-        kernel = getattr(require(), f"rms_norm_backward_{NAMES[x_TH.dtype]}")
         tensors = (x_TH, weight_H, scale_T, grad_TH.contiguous(), grad_x_TH, grad_weight_PH)
-        kernel(scale_T.numel(), weight_H.numel(), *addresses(*tensors), threads)
+        sizes = (scale_T.numel(), weight_H.numel())
+        kernel("rms_norm_backward", x_TH.dtype)(*sizes, *addresses(*tensors), threads)
         return grad_x_TH, grad_weight_PH.sum(0).to(weight_H.dtype), None
 
 
@@ -71,10 +71,9 @@ def _rotated(
     x_TND = x_TND if x_TND.stride(2) == 1 else x_TND.contiguous()  # heads and tokens may lie apart
     tokens, heads, width = x_TND.shape
     y_TND = x_TND.new_empty(x_TND.shape)
-    kernel = getattr(require(), f"rotary_{NAMES[x_TND.dtype]}")
     sizes = (tokens, heads, width // 2, x_TND.stride(0), x_TND.stride(1))
     pointers = (address(x_TND), *addresses(cos_TR, sin_TR, y_TND))
-    kernel(*sizes, interleaved, direction, *pointers, torch.get_num_threads())
+    kernel("rotary", x_TND.dtype)(*sizes, interleaved, direction, *pointers, torch.get_num_threads())
     return y_TND
 
 

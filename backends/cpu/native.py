@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -26,27 +27,26 @@ FLAGS = (
 TIMEOUT = 120  # seconds; the compiler takes a fraction of one
 COUNT, NUMBER, ADDRESS, THREADS = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
 ARGUMENTS = {
-    "swiglu_float32": (COUNT, *[ADDRESS] * 3, THREADS),
-    "swiglu_bfloat16": (COUNT, *[ADDRESS] * 3, THREADS),
     "swiglu_backward_float32": (COUNT, *[ADDRESS] * 5, THREADS),
     "swiglu_backward_bfloat16": (COUNT, COUNT, *[ADDRESS] * 7, THREADS),
     "transpose_bfloat16": (COUNT, COUNT, *[ADDRESS] * 2, THREADS),
-    "rms_norm_float32": (COUNT, COUNT, NUMBER, *[ADDRESS] * 4, THREADS),
-    "rms_norm_bfloat16": (COUNT, COUNT, NUMBER, *[ADDRESS] * 4, THREADS),
-    "rms_norm_backward_float32": (COUNT, COUNT, *[ADDRESS] * 6, THREADS),
-    "rms_norm_backward_bfloat16": (COUNT, COUNT, *[ADDRESS] * 6, THREADS),
-    "rotary_float32": (*[COUNT] * 5, ctypes.c_int, NUMBER, *[ADDRESS] * 4, THREADS),
-    "rotary_bfloat16": (*[COUNT] * 5, ctypes.c_int, NUMBER, *[ADDRESS] * 4, THREADS),
-    "router_float32": (*[COUNT] * 3, *[ADDRESS] * 3, THREADS),
-    "router_bfloat16": (*[COUNT] * 3, *[ADDRESS] * 3, THREADS),
-    "router_backward_float32": (*[COUNT] * 3, *[ADDRESS] * 5, THREADS),
-    "router_backward_bfloat16": (*[COUNT] * 3, *[ADDRESS] * 5, THREADS),
     "choices_of_rows": (COUNT, COUNT, *[ADDRESS] * 2),
     "copy_to_rows": (*[COUNT] * 3, *[ADDRESS] * 3, THREADS),
-    "sum_of_rows_float32": (*[COUNT] * 4, *[ADDRESS] * 4, THREADS),
-    "sum_of_rows_bfloat16": (*[COUNT] * 4, *[ADDRESS] * 4, THREADS),
-    "weighted_rows_float32": (*[COUNT] * 3, *[ADDRESS] * 6, THREADS),
-    "weighted_rows_bfloat16": (*[COUNT] * 3, *[ADDRESS] * 6, THREADS),
+}
+ALIKE_IN_ALL_TYPES = {
+    "swiglu": (COUNT, *[ADDRESS] * 3, THREADS),
+    "rms_norm": (COUNT, COUNT, NUMBER, *[ADDRESS] * 4, THREADS),
+    "rms_norm_backward": (COUNT, COUNT, *[ADDRESS] * 6, THREADS),
+    "rotary": (*[COUNT] * 5, ctypes.c_int, NUMBER, *[ADDRESS] * 4, THREADS),
+    "router": (*[COUNT] * 3, *[ADDRESS] * 3, THREADS),
+    "router_backward": (*[COUNT] * 3, *[ADDRESS] * 5, THREADS),
+    "sum_of_rows": (*[COUNT] * 4, *[ADDRESS] * 4, THREADS),
+    "weighted_rows": (*[COUNT] * 3, *[ADDRESS] * 6, THREADS),
+}
+ARGUMENTS |= {
+    f"{name}_{of_type}": arguments
+    for name, arguments in ALIKE_IN_ALL_TYPES.items()
+    for of_type in NAMES.values()
 }
 
 
@@ -72,6 +72,11 @@ def require() -> ctypes.CDLL:
     if isinstance(library, str):
         raise RuntimeError(library)
     return library
+
+
+def kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    """The kernel of that name for numbers of ``dtype``."""
+    return getattr(require(), f"{name}_{NAMES[dtype]}")
 
 
 def addresses(*tensors: torch.Tensor) -> list[int]:
