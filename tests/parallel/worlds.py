@@ -1,6 +1,7 @@
 """Real ranks for the tests: processes that stay, so that torch is imported once and not per layout."""
 
 import contextlib
+import gc
 import io
 import json
 import multiprocessing as mp
@@ -75,6 +76,7 @@ def _serve(pipe: Connection, rank: int, size: int) -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what is there already needs no looking at
     while True:
         try:
             function, args, port = pipe.recv()
@@ -93,6 +95,9 @@ def _serve(pipe: Connection, rank: int, size: int) -> None:
                 result = (True, function(*args))
         except BaseException:
             result = (False, traceback.format_exc())
+        # The run's process groups are in cycles of references; until these are collected, each of their
+        # threads wakes up a hundred times a second.
+        gc.collect()
         pipe.send(result)
 
 
