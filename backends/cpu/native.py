@@ -30,6 +30,8 @@ ARGUMENTS = {
     "swiglu_backward_float32": (COUNT, *[ADDRESS] * 5, THREADS),
     "swiglu_backward_bfloat16": (COUNT, COUNT, *[ADDRESS] * 7, THREADS),
     "transpose_bfloat16": (COUNT, COUNT, *[ADDRESS] * 2, THREADS),
+    "cross_entropy_gradients_float32": (*[COUNT] * 3, NUMBER, NUMBER, *[ADDRESS] * 5, THREADS),
+    "cross_entropy_gradients_bfloat16": (*[COUNT] * 3, NUMBER, NUMBER, *[ADDRESS] * 6, THREADS),
     "choices_of_rows": (COUNT, COUNT, *[ADDRESS] * 2),
     "copy_to_rows": (*[COUNT] * 3, *[ADDRESS] * 3, THREADS),
 }
@@ -38,6 +40,7 @@ ALIKE_IN_ALL_TYPES = {
     "rms_norm": (COUNT, COUNT, NUMBER, *[ADDRESS] * 4, THREADS),
     "rms_norm_backward": (COUNT, COUNT, *[ADDRESS] * 6, THREADS),
     "rotary": (*[COUNT] * 5, ctypes.c_int, NUMBER, *[ADDRESS] * 4, THREADS),
+    "cross_entropy_statistics": (*[COUNT] * 3, ctypes.c_int, *[ADDRESS] * 7, THREADS),
     "router": (*[COUNT] * 3, *[ADDRESS] * 3, THREADS),
     "router_backward": (*[COUNT] * 3, *[ADDRESS] * 5, THREADS),
     "sum_of_rows": (*[COUNT] * 4, *[ADDRESS] * 4, THREADS),

@@ -3,7 +3,13 @@
 from collections.abc import Sequence
 
 from portmoe.accelerator import Operations
-from portmoe.backends.cpu import compiled_dispatch, compiled_expert_ffn, compiled_router, compiled_rows
+from portmoe.backends.cpu import (
+    compiled_cross_entropy,
+    compiled_dispatch,
+    compiled_expert_ffn,
+    compiled_router,
+    compiled_rows,
+)
 from portmoe.ops import bag_dispatch, buffered_expert_ffn, torch_native
 from portmoe.ops.operation import Implementation
 
@@ -19,5 +25,6 @@ class CpuOperations(Operations):
             *compiled_router.ALL,
             *compiled_expert_ffn.ALL,
             *buffered_expert_ffn.ALL,
+            *compiled_cross_entropy.ALL,
             *torch_native.ALL,
         ]

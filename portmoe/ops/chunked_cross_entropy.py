@@ -5,10 +5,13 @@ The vocabulary is walked in slices, keeping a running maximum and sum of exponen
 first few slices, which are kept: a small vocabulary costs no product more than the plain loss. Every
 row of the weight's gradient is complete after its slice, so nothing is accumulated in reduced
 precision and no float32 copy of that gradient exists.
+
+What is done with a slice's logits is an argument, ``Arithmetic``: a backend may have kernels for it.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,33 +19,137 @@ import torch.nn.functional as F
 from portmoe.ops.cross_entropy import IGNORED
 from portmoe.ops.products import slow_in
 
-# Of one slice's logits. On the CPU 4 MiB in float32, which stay in the cache; an accelerator wants wide
+# Of one slice's logits. On the CPU 8 MiB in float32, which stay in the cache; an accelerator wants wide
 # products.
-SLICE_ELEMENTS = 2**20
+SLICE_ELEMENTS = 2**21
 ACCELERATOR_SLICE_ELEMENTS = 2**24
 KEPT_ELEMENTS = 2**22  # of the slices that are kept for the backward pass
 
 
-def chunked_cross_entropy(
-    x_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor, label_smoothing: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The contract of ``cross_entropy``, in memory of order T·H + some slices besides the gradients."""
-    return _ChunkedCrossEntropy.apply(x_TH, weight_VH, labels_T, label_smoothing)
+@dataclass
+class Statistics:
+    """What the loss is made of, per token over the classes seen so far; float32 unless noted."""
+
+    largest_T: torch.Tensor  # logit
+    predicted_T: torch.Tensor  # int64, the first class that has it
+    exp_sum_T: torch.Tensor  # Σ exp(logit − largest)
+    logit_sum_T: torch.Tensor  # Σ logit; 0 without label smoothing
+    target_T: torch.Tensor  # the label's logit; 0 where it is none of these classes
+
+    @classmethod
+    def of_no_class(cls, labels_T: torch.Tensor, dtype: torch.dtype) -> "Statistics":
+        largest_T = torch.full(labels_T.shape, -torch.inf, dtype=dtype, device=labels_T.device)
+        return cls(largest_T, torch.zeros_like(labels_T), *(torch.zeros_like(largest_T) for _ in range(3)))
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the logits' gradients are made of besides the logits.
+
+    Attributes:
+        log_sum_T: log Σ exp(logit) over all classes there are.
+        grad_T: of the loss, float32; 0 where the label is ignored.
+        smoothing: taken from the label's class …
+        uniform: … and given to every class.
+    """
+
+    labels_T: torch.Tensor
+    log_sum_T: torch.Tensor
+    grad_T: torch.Tensor
+    smoothing: float
+    uniform: float
+
+
+class Arithmetic(Protocol):
+    """What is done with the logits of the classes from ``start`` on."""
+
+    def add(
+        self,
+        statistics: Statistics,
+        logits_TS: torch.Tensor,
+        labels_T: torch.Tensor,
+        start: int,
+        smoothed: bool,
+    ) -> None:
+        """Take the slice into ``statistics``, in place."""
+
+    def gradients(
+        self, logits_TS: torch.Tensor, start: int, targets: Targets
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the loss by the logits: grad · (softmax − smoothed target), in their dtype; and transposed."""
+
+
+class TorchArithmetic:
+    """``Arithmetic`` by torch's operators."""
+
+    def add(
+        self,
+        statistics: Statistics,
+        logits_TS: torch.Tensor,
+        labels_T: torch.Tensor,
+        start: int,
+        smoothed: bool,
+    ) -> None:
+        s = statistics
+        logits_TS = logits_TS.to(s.largest_T.dtype)
+        slice_largest_T, slice_predicted_T = logits_TS.max(dim=1)
+        s.predicted_T = torch.where(slice_largest_T > s.largest_T, slice_predicted_T + start, s.predicted_T)
+        largest_T = torch.maximum(s.largest_T, slice_largest_T)
+        place_T, inside_T = _place(labels_T, start, logits_TS.shape[1])
+        s.target_T = torch.where(inside_T, logits_TS.gather(1, place_T[:, None])[:, 0], s.target_T)
+        if smoothed:
+            s.logit_sum_T += logits_TS.sum(dim=1)
+        s.exp_sum_T.mul_((s.largest_T - largest_T).exp_())
+        s.exp_sum_T.add_(logits_TS.sub(largest_T[:, None]).exp_().sum(dim=1))
+        s.largest_T = largest_T
+
+    def gradients(
+        self, logits_TS: torch.Tensor, start: int, targets: Targets
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        grad_TS = logits_TS.sub(targets.log_sum_T[:, None]).exp_()
+        if targets.uniform:
+            grad_TS.sub_(targets.uniform)
+        grad_TS.mul_(targets.grad_T[:, None])
+        place_T, inside_T = _place(targets.labels_T, start, grad_TS.shape[1])
+        target_T = torch.where(inside_T, (targets.smoothing - 1) * targets.grad_T, 0.0)
+        grad_TS = grad_TS.scatter_add_(1, place_T[:, None], target_T[:, None]).to(logits_TS.dtype)
+        return grad_TS, grad_TS.t()
+
+
+TORCH = TorchArithmetic()
+
+
+def chunked(arithmetic: Arithmetic) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """``cross_entropy`` in memory of order T·H + some slices besides the gradients."""
+
+    def chunked_cross_entropy(
+        x_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor, label_smoothing: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return _ChunkedCrossEntropy.apply(x_TH, weight_VH, labels_T, label_smoothing, arithmetic)
+
+    return chunked_cross_entropy
+
+
+chunked_cross_entropy = chunked(TORCH)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor, label_smoothing: float
+        ctx: Any,
+        x_TH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        labels_T: torch.Tensor,
+        label_smoothing: float,
+        arithmetic: Arithmetic,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        statistics, kept = slice_statistics(x_TH, weight_VH, labels_T, label_smoothing)
-        largest_T, predicted_T, exp_sum_T, logit_sum_T, target_T = statistics
-        log_sum_T = exp_sum_T.log_().add_(largest_T)
+        s, kept = slice_statistics(x_TH, weight_VH, labels_T, label_smoothing, arithmetic)
+        log_sum_T = s.exp_sum_T.log_().add_(s.largest_T)
         uniform = label_smoothing / weight_VH.shape[0]
-        loss_T = log_sum_T - (1 - label_smoothing) * target_T - uniform * logit_sum_T
-        correct_T = predicted_T == labels_T
+        loss_T = log_sum_T - (1 - label_smoothing) * s.target_T - uniform * s.logit_sum_T
+        correct_T = s.predicted_T == labels_T
         ctx.save_for_backward(x_TH, weight_VH, labels_T, log_sum_T, *kept)
-        ctx.label_smoothing = label_smoothing
+        ctx.label_smoothing, ctx.arithmetic = label_smoothing, arithmetic
         ctx.mark_non_differentiable(correct_T)
         return loss_T.masked_fill_(labels_T == IGNORED, 0.0), correct_T
 
@@ -51,88 +158,53 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         x_TH, weight_VH, labels_T, log_sum_T, *kept = ctx.saved_tensors
         grad_T = grad_T.masked_fill(labels_T == IGNORED, 0.0)
         uniform = ctx.label_smoothing / weight_VH.shape[0]
-        gradients = slice_gradients(
-            x_TH,
-            weight_VH,
-            labels_T,
-            kept,
-            log_sum_T,
-            grad_T,
-            ctx.label_smoothing,
-            uniform,
-            ctx.needs_input_grad[:2],
-        )
-        return *gradients, None, None
+        targets = Targets(labels_T, log_sum_T, grad_T, ctx.label_smoothing, uniform)
+        wanted = ctx.needs_input_grad[:2]
+        return *slice_gradients(x_TH, weight_VH, kept, targets, wanted, ctx.arithmetic), None, None, None
 
 
 def slice_statistics(
-    x_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor, label_smoothing: float
-) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]:
-    """Per token over the classes of ``weight_VH``: what the loss is made of.
-
-    Returns:
-        (largest_T, the largest logit; predicted_T (int64), its first class; exp_sum_T, Σ exp(logit −
-        largest); logit_sum_T, Σ logit (0 without smoothing); target_T, the label's logit, 0 where it is no
-        class here), and the first slices' logits for ``slice_gradients``.
-    """
-    wide = torch.promote_types(x_TH.dtype, torch.float32)
-    largest_T = torch.full(labels_T.shape, -torch.inf, dtype=wide, device=x_TH.device)
-    predicted_T = torch.zeros_like(labels_T)
-    exp_sum_T, logit_sum_T, target_T = (torch.zeros_like(largest_T) for _ in range(3))
+    x_TH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    labels_T: torch.Tensor,
+    label_smoothing: float,
+    arithmetic: Arithmetic = TORCH,
+) -> tuple[Statistics, list[torch.Tensor]]:
+    """Statistics over the classes of ``weight_VH``, and the first slices' logits for ``slice_gradients``."""
+    statistics = Statistics.of_no_class(labels_T, torch.promote_types(x_TH.dtype, torch.float32))
     kept = []
-    for start, slice_TS in _slices(x_TH, weight_VH):
-        if slice_TS.shape[0] * start + slice_TS.numel() <= KEPT_ELEMENTS:
-            kept.append(slice_TS)
-        logits_TS = slice_TS.to(wide)
-        slice_largest_T, slice_predicted_T = logits_TS.max(dim=1)
-        predicted_T = torch.where(slice_largest_T > largest_T, slice_predicted_T + start, predicted_T)
-        new_T = torch.maximum(largest_T, slice_largest_T)
-        place_T, inside_T = _place(labels_T, start, logits_TS.shape[1])
-        target_T = torch.where(inside_T, logits_TS.gather(1, place_T[:, None])[:, 0], target_T)
-        if label_smoothing:
-            logit_sum_T += logits_TS.sum(dim=1)
-        exp_sum_T.mul_((largest_T - new_T).exp_()).add_(logits_TS.sub(new_T[:, None]).exp_().sum(dim=1))
-        largest_T = new_T
-    return (largest_T, predicted_T, exp_sum_T, logit_sum_T, target_T), kept
+    for start, logits_TS in _slices(x_TH, weight_VH):
+        if logits_TS.shape[0] * start + logits_TS.numel() <= KEPT_ELEMENTS:
+            kept.append(logits_TS)
+        arithmetic.add(statistics, logits_TS, labels_T, start, label_smoothing > 0)
+    return statistics, kept
 
 
 def slice_gradients(
     x_TH: torch.Tensor,
     weight_VH: torch.Tensor,
-    labels_T: torch.Tensor,
     kept: Sequence[torch.Tensor],
-    log_sum_T: torch.Tensor,
-    grad_T: torch.Tensor,
-    label_smoothing: float,
-    uniform: float,
+    targets: Targets,
     wanted: tuple[bool, ...],
+    arithmetic: Arithmetic = TORCH,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of x and of ``weight_VH`` from the classes it has, where ``wanted``.
 
-    Args:
-        kept: the first slices' logits; the others are computed again.
-        log_sum_T: log Σ exp(logit) over all classes there are.
-        grad_T: of the loss, 0 where the label is ignored.
-        uniform: the smoothed target of every class.
+    ``kept`` are the first slices' logits; the others are computed again.
     """
     wants_x, wants_weight = wanted
-    grad_x_TH = torch.zeros_like(x_TH, dtype=log_sum_T.dtype) if wants_x else None
+    grad_x_TH = torch.zeros_like(x_TH, dtype=targets.log_sum_T.dtype) if wants_x else None
     grad_weight_VH = torch.empty_like(weight_VH) if wants_weight else None
     factor_TH = _factor(x_TH)
     for start, logits_TS in _slices(x_TH, weight_VH, kept):
-        # d loss / d logit = softmax − smoothed target
-        grad_TS = logits_TS.sub(log_sum_T[:, None]).exp_()
-        if uniform:
-            grad_TS.sub_(uniform)
-        grad_TS.mul_(grad_T[:, None])
-        place_T, inside_T = _place(labels_T, start, grad_TS.shape[1])
-        target_T = torch.where(inside_T, (label_smoothing - 1) * grad_T, 0.0)
-        grad_TS = _factor(grad_TS.scatter_add_(1, place_T[:, None], target_T[:, None]).to(x_TH.dtype))
-        rows = slice(start, start + grad_TS.shape[1])
-        if wants_x:
-            grad_x_TH += grad_TS @ _factor(weight_VH[rows])
+        grad_TS, grad_ST = map(_factor, arithmetic.gradients(logits_TS, start, targets))
+        rows = slice(start, start + len(grad_ST))
+        if wants_x and grad_TS.dtype == grad_x_TH.dtype:
+            grad_x_TH.addmm_(grad_TS, _factor(weight_VH[rows]))
+        elif wants_x:
+            grad_x_TH += grad_TS @ weight_VH[rows]
         if wants_weight:
-            grad_weight_VH[rows] = grad_TS.t() @ factor_TH
+            grad_weight_VH[rows] = grad_ST @ factor_TH
     return grad_x_TH.to(x_TH.dtype) if wants_x else None, grad_weight_VH
 
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import Shard
 
 from portmoe.model.decoder import Decoder
 from portmoe.model.precision import computed
-from portmoe.ops.chunked_cross_entropy import slice_gradients, slice_statistics
+from portmoe.ops.chunked_cross_entropy import Targets, slice_gradients, slice_statistics
 from portmoe.ops.cross_entropy import IGNORED
 from portmoe.parallel.tensor import Region, cut
 
@@ -66,9 +66,9 @@ class _CutCrossEntropy(torch.autograd.Function):
         first: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         mine, kept = slice_statistics(x_TH, weight_VH, labels_T - first, label_smoothing)
-        largest_T, predicted_T, exp_sum_T, logit_sum_T, target_T = mine
-        numbers = torch.stack((largest_T, predicted_T.to(largest_T.dtype), exp_sum_T, logit_sum_T, target_T))
-        gathered = numbers.new_empty(group.size() * len(mine), len(labels_T))
+        predicted_T = mine.predicted_T.to(mine.largest_T.dtype)
+        numbers = torch.stack((mine.largest_T, predicted_T, mine.exp_sum_T, mine.logit_sum_T, mine.target_T))
+        gathered = numbers.new_empty(group.size() * len(numbers), len(labels_T))
         dist.all_gather_into_tensor(gathered, numbers, group=group)
         numbers_P5T = gathered.unflatten(0, (group.size(), -1))
         largest_PT, predicted_PT, exp_sum_PT, logit_sum_PT, target_PT = numbers_P5T.unbind(1)
@@ -88,15 +88,6 @@ class _CutCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_T: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
         x_TH, weight_VH, labels_T, log_sum_T, *kept = ctx.saved_tensors
         grad_T = grad_T.masked_fill(labels_T == IGNORED, 0.0)
-        gradients = slice_gradients(
-            x_TH,
-            weight_VH,
-            labels_T - ctx.first,
-            kept,
-            log_sum_T,
-            grad_T,
-            ctx.label_smoothing,
-            ctx.uniform,
-            ctx.needs_input_grad[:2],
-        )
+        targets = Targets(labels_T - ctx.first, log_sum_T, grad_T, ctx.label_smoothing, ctx.uniform)
+        gradients = slice_gradients(x_TH, weight_VH, kept, targets, ctx.needs_input_grad[:2])
         return *gradients, None, None, None, None

@@ -3,19 +3,22 @@
 import pytest
 import torch
 
+from portmoe.backends.cpu import compiled_cross_entropy, native
 from portmoe.ops import chunked_cross_entropy as chunked
 from portmoe.ops import cross_entropy, torch_native
 
 FUNCTIONS = {"reference": cross_entropy, "chunked": torch_native.CROSS_ENTROPY_CHUNKED.function}
+if not isinstance(native.kernels(), str):  # there is a compiler
+    FUNCTIONS["compiled"] = compiled_cross_entropy.ALL[0].function
 
 
 def definition(x, weight, labels, smoothing):
     losses, classes = [], weight.shape[0]
     for row, label in zip(x, labels.tolist(), strict=True):
-        logits = torch.stack([w @ row for w in weight])
+        logits = weight @ row
         log_p = logits - logits.max() - (logits - logits.max()).exp().sum().log()
-        target = [smoothing / classes + (1 - smoothing) * (c == label) for c in range(classes)]
-        losses.append(-(log_p * torch.tensor(target)).sum() if label >= 0 else row.sum() * 0)
+        target = smoothing / classes + (1 - smoothing) * (torch.arange(classes) == label)
+        losses.append(-(log_p * target).sum() if label >= 0 else row.sum() * 0)
     return torch.stack(losses)
 
 
@@ -29,7 +32,7 @@ def case(tokens=9, hidden=8, classes=29, dtype=torch.float32):
 
 
 @pytest.fixture(
-    params=[(1, 40), (37, 0), (37, 30), (10**6, 10**6)],
+    params=[(1, 40), (37, 0), (37, 30), (67 * 64, 67 * 64), (10**6, 10**6)],
     ids=lambda p: "slice of {} logits, {} kept".format(*p),
 )
 def slice_elements(request, monkeypatch):
@@ -41,8 +44,9 @@ def slice_elements(request, monkeypatch):
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_forward_and_gradients(function, smoothing, dtype, tolerance):
-    x_TH, weight_VH, labels_T, grad_T = case(dtype=dtype)
+@pytest.mark.parametrize("sizes", [{}, {"tokens": 67, "classes": 101}], ids=["few", "more"])
+def test_forward_and_gradients(function, smoothing, dtype, tolerance, sizes):
+    x_TH, weight_VH, labels_T, grad_T = case(dtype=dtype, **sizes)
     loss_T, correct_T = function(x_TH, weight_VH, labels_T, smoothing)
     assert loss_T.dtype == torch.float32
     assert correct_T.dtype == torch.bool

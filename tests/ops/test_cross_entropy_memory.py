@@ -5,15 +5,19 @@ import sys
 
 import pytest
 
-T, H, V = 1024, 32, 32768
-LOGITS = T * V * 4  # bytes in float32: 128 MiB
+from portmoe.backends.cpu import native
+
+T, H, V = 1024, 32, 65536
+LOGITS = T * V * 4  # bytes in float32: 256 MiB
 
 MEASURE = f"""
 import ctypes, gc, sys, torch
 from portmoe import get_accelerator
+from portmoe.backends.cpu import compiled_cross_entropy
 from portmoe.ops.chunked_cross_entropy import chunked_cross_entropy as chunked
 from portmoe.ops.cross_entropy import cross_entropy as plain
 
+compiled = compiled_cross_entropy.ALL[0].function
 function, memory = locals()[sys.argv[1]], get_accelerator("cpu").memory
 x_TH, weight_VH = torch.randn({T}, {H}, requires_grad=True), torch.randn({V}, {H}, requires_grad=True)
 labels_T = torch.randint({V}, ({T},))
@@ -37,4 +41,7 @@ def peak(function):
 @pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark is read from /proc")
 def test_the_logits_are_never_held_whole():
     assert peak("plain") > 1.9 * LOGITS  # the measurement sees them: once, and their gradient
-    assert peak("chunked") < LOGITS / 2  # 16 MiB kept, some slices of 4 MiB, and the gradients, also 4 MiB
+    # 16 MiB kept, some slices of 8 MiB, and the gradients, 8 MiB
+    assert peak("chunked") < LOGITS / 2
+    if not isinstance(native.kernels(), str):
+        assert peak("compiled") < LOGITS / 2
