@@ -4,7 +4,9 @@ Sizes of groups come in as plain numbers; ``parallel.layout`` knows them. Not co
 buffers, the allocator's slack, the transient results of single operations.
 """
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
+
+import torch
 
 from portmoe.config import Config
 from portmoe.model.capacity import expert_rows
@@ -40,13 +42,15 @@ def state_bytes(
     expert_ranks: int = 1,
     expert_shards: int = 1,
     tensor_ranks: int = 1,
+    shared: bool = True,
 ) -> StateBytes:
     """Model state under ZeRO: masters and moments sharded, compute copies and gradients whole.
 
-    The compute copies are separate from the masters also in float32 and on one rank. With parameters
-    sharded (``parallel.zero1.fsdp``, ``parallel.weight.size``) the gradients are sharded too, and compute
-    copies are there of the embedding, the head, and two blocks: the one at work and the next. The next is
-    not there with ``parallel.weight`` and no overlap.
+    The compute copies are separate from the masters, in float32 too, where several ranks share the
+    weights; a rank that shares them with no other copies only what it computes with in another dtype. With
+    parameters sharded (``parallel.zero1.fsdp``, ``parallel.weight.size``) the gradients are sharded too, and
+    compute copies are there of the embedding, the head, and two blocks: the one at work and the next. The
+    next is not there with ``parallel.weight`` and no overlap.
 
     Args:
         parameters: of the part of the model that is here, with all experts of its layers.
@@ -56,6 +60,7 @@ def state_bytes(
             spread, they are sharded as everything else.
         tensor_ranks: ranks all but routers and norms is cut over (a few biases are not cut either, and are
             counted as if they were).
+        shared: whether several ranks compute with the same weights.
     """
     exact = parameters.router + (parameters.norms if config.use_fp32_norm else 0)
     block = layer_parameters(config, moe_layers(config) > 0)
@@ -68,9 +73,13 @@ def state_bytes(
     each = expert_ranks * tensor_ranks
     weight = config.parallel.weight
     blocks = 1 if weight.size > 1 and not weight.overlap else 2
-    return _part_bytes(config, rest, exact, shards, ends + blocks * beside) + _part_bytes(
+    state = _part_bytes(config, rest, exact, shards, ends + blocks * beside) + _part_bytes(
         config, parameters.experts // each, 0, expert_shards, blocks * block.experts // each
     )
+    if shared:
+        return state
+    copied = 0 if compute_dtype(config.model) == torch.float32 else state.weights - exact * FP32_BYTES
+    return replace(state, weights=copied)
 
 
 def _part_bytes(config: Config, parameters: int, exact: int, shards: int, gathered: int) -> StateBytes:

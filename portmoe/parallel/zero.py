@@ -30,8 +30,11 @@ def shard(model: Decoder, meshes: Meshes, dtype: torch.dtype) -> None:
     """Shard ``model`` in place, block by block; compute copies are of ``dtype``, the router's float32.
 
     Gradients are reduced and accumulated in float32 whatever ``dtype`` is: reducing in bfloat16 changes
-    them by 3e-3.
+    them by 3e-3. A rank that shares its weights with no other keeps them whole, as plain parameters: the
+    modules cast them at use (``model.precision``), which spares the engine's copies into its buffers.
     """
+    if meshes.data.size() == 1:
+        return
     compute = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(
         param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -73,6 +76,8 @@ def begin_micro_batch(model: Decoder, last: bool) -> None:
 
     Where parameters are sharded too, they are reduced within their subset at once, between subsets once.
     """
+    if not isinstance(model, FSDPModule):
+        return
     if model.config.parallel.gathers_by_block:
         model.set_requires_all_reduce(last)
         return
