@@ -95,10 +95,21 @@ def _serve(pipe: Connection, rank: int, size: int) -> None:
                 result = (True, function(*args))
         except BaseException:
             result = (False, traceback.format_exc())
-        # The run's process groups are in cycles of references; until these are collected, each of their
-        # threads wakes up a hundred times a second.
-        gc.collect()
+        _drop_process_groups()
         pipe.send(result)
+
+
+def _drop_process_groups() -> None:
+    """End those of the last run, whose threads wake up a hundred times a second as long as they live.
+
+    Cycles of references keep them, and torch's memory of how DTensors were redistributed on their meshes.
+    """
+    from torch.distributed.tensor import _redistribute, debug
+
+    debug._clear_sharding_prop_cache()
+    _redistribute.clear_redistribute_planner_cache()
+    _redistribute._gen_transform_infos.cache_clear()
+    gc.collect()
 
 
 MODEL = (
