@@ -1,7 +1,8 @@
 """The experts' networks with compiled kernels between the products.
 
 Beside what ``portmoe.ops.buffered_expert_ffn`` does, the work between two products is one pass over
-memory, and in bfloat16 no product has a transposed first factor: the kernels write the transposes.
+memory, and in bfloat16 no product has a transposed first factor: the kernels write the transposes. The
+gradients of w1 and w3 are then one product: two threads are no faster than one at either of them alone.
 """
 
 import torch
@@ -27,16 +28,17 @@ class Kernels:
         hidden_PF: torch.Tensor,
         grad_gate_PF: torch.Tensor,
         grad_up_PF: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor | None:
         tensors = (gate_PF, up_PF, grad_gate_PF, grad_up_PF, hidden_PF)
         threads = torch.get_num_threads()
         if gate_PF.dtype == torch.float32:
             require().swiglu_backward_float32(gate_PF.numel(), *addresses(*tensors), threads)
-            return grad_gate_PF.t(), grad_up_PF.t()
-        grad_gate_FP, grad_up_FP = (t.new_empty(t.shape[::-1]) for t in (grad_gate_PF, grad_up_PF))
-        tensors = (*tensors, grad_gate_FP, grad_up_FP)
-        require().swiglu_backward_bfloat16(*gate_PF.shape, *addresses(*tensors), threads)
-        return grad_gate_FP, grad_up_FP
+            return None
+        rows, width = gate_PF.shape
+        transposed_BP = gate_PF.new_empty(2 * width, rows)
+        tensors = (*tensors, *transposed_BP.chunk(2))
+        require().swiglu_backward_bfloat16(rows, width, *addresses(*tensors), threads)
+        return transposed_BP
 
     def transpose(self, t_PH: torch.Tensor) -> torch.Tensor:
         if t_PH.dtype == torch.float32:

@@ -41,13 +41,14 @@ class Elementwise(Protocol):
         hidden_PF: torch.Tensor,
         grad_gate_PF: torch.Tensor,
         grad_up_PF: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor | None:
         """hidden as before, and the gradients of gate and up.
 
         ``grad_gate_PF`` comes with the gradient of hidden and is overwritten.
 
         Returns:
-            Both gradients transposed, [F,P], as the products of the weights' gradients want them.
+            Both gradients transposed, one above the other, [2F,P]: one product with them gives the gradients
+            of both weights. None where two with transposed views are as fast.
         """
 
     def transpose(self, t_PH: torch.Tensor) -> torch.Tensor:
@@ -68,13 +69,12 @@ class Pieces:
         hidden_PF: torch.Tensor,
         grad_gate_PF: torch.Tensor,
         grad_up_PF: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> None:
         for gate, up, hidden, grad, grad_up in _pieces(gate_PF, up_PF, hidden_PF, grad_gate_PF, grad_up_PF):
             silu = torch.ops.aten.silu.out(gate, out=grad_up)
             torch.mul(silu, up, out=hidden)
             silu.mul_(grad)
             torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=grad)
-        return grad_gate_PF.t(), grad_up_PF.t()
 
     def transpose(self, t_PH: torch.Tensor) -> torch.Tensor:
         return t_PH.t()
@@ -157,17 +157,20 @@ class _ExpertNetworks(torch.autograd.Function):
         grad_x_RH = x_RH.new_empty(x_RH.shape)
         grad_w1_EFH, grad_w3_EFH, grad_w2_EHF = (w.new_empty(w.shape) for w in (w1_EFH, w3_EFH, w2_EHF))
         scratch = [gate_RF.new_empty(max(rounded), gate_RF.shape[1]) for _ in range(3)]
+        both_BH = w1_EFH.new_empty(2 * w1_EFH.shape[1], w1_EFH.shape[2])  # B = 2F, of w1 and w3
         for expert, rows, rounded_rows in _spans(lengths, rounded):
             gate_PF, up_PF = gate_RF[rounded_rows], up_RF[rounded_rows]
             hidden_PF, grad_gate_PF, grad_up_PF = (t[: len(gate_PF)] for t in scratch)
             x_PH, grad_y_PH = (_with_zeros(t[rows], len(gate_PF)) for t in (x_RH, grad_y_RH))
             products(grad_gate_PF, (grad_y_PH, w2_EHF[expert]))  # so far the gradient of the hidden rows
-            grad_gate_FP, grad_up_FP = elementwise.backward(
-                gate_PF, up_PF, hidden_PF, grad_gate_PF, grad_up_PF
-            )
+            transposed = elementwise.backward(gate_PF, up_PF, hidden_PF, grad_gate_PF, grad_up_PF)
             products(grad_w2_EHF[expert], (elementwise.transpose(grad_y_PH), hidden_PF))
-            products(grad_w1_EFH[expert], (grad_gate_FP, x_PH))
-            products(grad_w3_EFH[expert], (grad_up_FP, x_PH))
+            if transposed is None:
+                products(grad_w1_EFH[expert], (grad_gate_PF.t(), x_PH))
+                products(grad_w3_EFH[expert], (grad_up_PF.t(), x_PH))
+            else:
+                products(both_BH, (transposed, x_PH))
+                torch._foreach_copy_([grad_w1_EFH[expert], grad_w3_EFH[expert]], both_BH.chunk(2))
             pairs = (grad_gate_PF, w1_EFH[expert]), (grad_up_PF, w3_EFH[expert])
             _rows_of_products(grad_x_RH[rows], products, *pairs)
         for expert, length in enumerate(lengths):
