@@ -5,7 +5,11 @@ import socket
 import pytest
 from run_portmoe import losses, run
 
-LAYOUTS = [(2, -1), (2, 1), (4, -1), (4, 2), (4, 1)]
+LAYOUTS = [
+    (2, -1),
+    (4, 2),
+    *(pytest.param(*layout, marks=pytest.mark.slow) for layout in ((2, 1), (4, -1), (4, 1))),
+]
 
 
 @pytest.fixture(scope="module")
