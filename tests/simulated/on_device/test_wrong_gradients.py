@@ -80,7 +80,7 @@ def test_bisect_reports_no_right_function(model, dtype):
 
 
 def test_a_wrong_product_of_torchs_own_is_named_too():
-    with faults.planted("wrong:aten::addmm:1.01"):  # linear maps with a bias
+    with faults.planted("wrong:aten::addmm:1.01"):  # linear maps with a bias, and the loss's sum over slices
         found = walk(STATIC)
-    assert {d.judged.operation for d in found.defects()} == {"linear"}
+    assert {d.judged.operation for d in found.defects()} == {"linear", "cross_entropy"}
     assert next(found.defects()).judged.place == "layers.0.attention.qkv"
