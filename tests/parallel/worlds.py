@@ -82,6 +82,8 @@ def _serve(pipe: Connection, rank: int, size: int) -> None:
             function, args, port = pipe.recv()
         except EOFError:
             return
+        # Not when that run ends: a thread of gloo's may be at its last work still, and was seen to crash.
+        _drop_process_groups()
         os.environ |= {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
@@ -95,7 +97,6 @@ def _serve(pipe: Connection, rank: int, size: int) -> None:
                 result = (True, function(*args))
         except BaseException:
             result = (False, traceback.format_exc())
-        _drop_process_groups()
         pipe.send(result)
 
 
