@@ -4,9 +4,7 @@ Sizes of groups come in as plain numbers; ``parallel.layout`` knows them. Not co
 buffers, the allocator's slack, the transient results of single operations.
 """
 
-from dataclasses import astuple, dataclass, replace
-
-import torch
+from dataclasses import astuple, dataclass
 
 from portmoe.config import Config
 from portmoe.model.capacity import expert_rows
@@ -73,27 +71,29 @@ def state_bytes(
     each = expert_ranks * tensor_ranks
     weight = config.parallel.weight
     blocks = 1 if weight.size > 1 and not weight.overlap else 2
-    state = _part_bytes(config, rest, exact, shards, ends + blocks * beside) + _part_bytes(
-        config, parameters.experts // each, 0, expert_shards, blocks * block.experts // each
+    return _part_bytes(config, rest, exact, shards, ends + blocks * beside, shared) + _part_bytes(
+        config, parameters.experts // each, 0, expert_shards, blocks * block.experts // each, shared
     )
-    if shared:
-        return state
-    copied = 0 if compute_dtype(config.model) == torch.float32 else state.weights - exact * FP32_BYTES
-    return replace(state, weights=copied)
 
 
-def _part_bytes(config: Config, parameters: int, exact: int, shards: int, gathered: int) -> StateBytes:
+def _part_bytes(
+    config: Config, parameters: int, exact: int, shards: int, gathered: int, shared: bool
+) -> StateBytes:
     """State of a part of the model.
 
     Args:
         parameters: those this rank computes with.
         exact: those among them whose compute copy is float32 in every dtype.
         gathered: those that are whole at a time where parameters are sharded too.
+        shared: whether other ranks compute with them too.
     """
     element = compute_dtype(config.model).itemsize
     sharded = -(-parameters // shards)
-    weights = (parameters - exact) * element + exact * FP32_BYTES
-    fsdp = config.parallel.gathers_by_block
+    if shared:
+        weights = (parameters - exact) * element + exact * FP32_BYTES
+    else:
+        weights = (parameters - exact) * element if element < FP32_BYTES else 0
+    fsdp = shared and config.parallel.gathers_by_block
     return StateBytes(
         weights=min(weights, gathered * element) if fsdp else weights,
         masters=sharded * FP32_BYTES,

@@ -112,10 +112,11 @@ def test_state_of_the_7b_model_on_32_ranks():
 
 @pytest.mark.parametrize(("dtype", "copies"), [("bfloat16", 2 * (11_852_320_768 - 524_288)), ("float32", 0)])
 def test_a_rank_that_shares_nothing_copies_only_what_it_casts(dtype, copies):
-    config = Config.model_validate({"model": {"dtype": dtype}})
-    state = state_bytes(config, count_parameters(config), shards=1, shared=False)
-    assert state.weights == copies
-    assert state.masters == state.gradients == 4 * 11_852_320_768
+    for fsdp in (False, True):  # alone there is nothing to shard
+        config = Config.model_validate({"model": {"dtype": dtype}, "parallel": {"zero1": {"fsdp": fsdp}}})
+        state = state_bytes(config, count_parameters(config), shards=1, shared=False)
+        assert state.weights == copies
+        assert state.masters == state.gradients == 4 * 11_852_320_768
 
 
 def test_sharded_parameters_leave_two_blocks_whole():
