@@ -157,7 +157,6 @@ class _ExpertNetworks(torch.autograd.Function):
         grad_x_RH = x_RH.new_empty(x_RH.shape)
         grad_w1_EFH, grad_w3_EFH, grad_w2_EHF = (w.new_empty(w.shape) for w in (w1_EFH, w3_EFH, w2_EHF))
         scratch = [gate_RF.new_empty(max(rounded), gate_RF.shape[1]) for _ in range(3)]
-        both_BH = w1_EFH.new_empty(2 * w1_EFH.shape[1], w1_EFH.shape[2])  # B = 2F, of w1 and w3
         for expert, rows, rounded_rows in _spans(lengths, rounded):
             gate_PF, up_PF = gate_RF[rounded_rows], up_RF[rounded_rows]
             hidden_PF, grad_gate_PF, grad_up_PF = (t[: len(gate_PF)] for t in scratch)
@@ -169,6 +168,7 @@ class _ExpertNetworks(torch.autograd.Function):
                 products(grad_w1_EFH[expert], (grad_gate_PF.t(), x_PH))
                 products(grad_w3_EFH[expert], (grad_up_PF.t(), x_PH))
             else:
+                both_BH = x_PH.new_empty(len(transposed), x_PH.shape[1])  # B = 2F, of w1 and w3
                 products(both_BH, (transposed, x_PH))
                 torch._foreach_copy_([grad_w1_EFH[expert], grad_w3_EFH[expert]], both_BH.chunk(2))
             pairs = (grad_gate_PF, w1_EFH[expert]), (grad_up_PF, w3_EFH[expert])
