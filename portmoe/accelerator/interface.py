@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from portmoe.accelerator import gloo
 from portmoe.accelerator.probing import Probe, describe
 from portmoe.errors import ConfigError
 
@@ -188,6 +189,7 @@ class Collectives:
         that barriers never guess a device from the rank.
         """
         set_unset(self.environment(timeout))
+        gloo.use_one_worker()
         backend = self.backend if device.type == "cpu" else f"cpu:gloo,{device.type}:{self.backend}"
         dist.init_process_group(
             backend,
