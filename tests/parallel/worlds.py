@@ -82,8 +82,6 @@ def _serve(pipe: Connection, rank: int, size: int) -> None:
             function, args, port = pipe.recv()
         except EOFError:
             return
-        # Not when that run ends: a thread of gloo's may be at its last work still, and was seen to crash.
-        _drop_process_groups()
         os.environ |= {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
@@ -95,6 +93,7 @@ def _serve(pipe: Connection, rank: int, size: int) -> None:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 result = (True, function(*args))
+            _drop_process_groups()
         except BaseException:
             result = (False, traceback.format_exc())
         pipe.send(result)
