@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from portmoe.accelerator import gloo
 from portmoe.config import Config
 from portmoe.model import Decoder, MoELayer, initialise
 
@@ -173,6 +174,7 @@ def shard_and_compare(rank: int, world: int, rendezvous: str) -> None:
     """In a process of its own: the model sharded as the trainer does it, gathered, against the whole."""
     from torch.distributed.fsdp import fully_shard
 
+    gloo.use_one_worker()
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     config = make_config(num_layers=2)
     mesh = init_device_mesh("cpu", (world,))

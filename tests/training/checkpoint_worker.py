@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
+from portmoe.accelerator import gloo
 from portmoe.errors import ConfigError, TrainingError
 from portmoe.training import checkpoint
 from portmoe.training.checkpoint import Checkpointer, complete_steps, folder_of
@@ -108,6 +109,7 @@ def mismatch(folder: Path, group: dist.ProcessGroup) -> None:
 
 
 def run(scenarios: dict[str, Path], rank: int, world_size: int, store: dist.Store) -> None:
+    gloo.use_one_worker()
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     group = dist.new_group(backend="gloo")
     for scenario, folder in scenarios.items():
