@@ -31,7 +31,7 @@ static inline float share(float x) { return x < -80.0f ? 0.0f : exponential(x); 
             for (int lane = 0; lane < PARTS; lane++) most = part[lane] > most ? part[lane] : most;           \
             for (; i < classes; i++) most = FROM(row[i]) > most ? FROM(row[i]) : most;                       \
             if (most > largest[token]) {                                                                     \
-                exp_sum[token] *= share(largest[token] - most);                                        \
+                exp_sum[token] *= share(largest[token] - most);                                              \
                 largest[token] = most;                                                                       \
                 for (i = 0; FROM(row[i]) != most; i++) continue;                                             \
                 predicted[token] = first + i;                                                                \
@@ -39,8 +39,8 @@ static inline float share(float x) { return x < -80.0f ? 0.0f : exponential(x); 
             most = largest[token];                                                                           \
             for (int lane = 0; lane < PARTS; lane++) part[lane] = 0;                                         \
             for (i = 0; i + PARTS <= classes; i += PARTS)                                                    \
-                for (int lane = 0; lane < PARTS; lane++) part[lane] += share(FROM(row[i + lane]) - most); \
-            for (; i < classes; i++) sum += share(FROM(row[i]) - most);                                \
+                for (int lane = 0; lane < PARTS; lane++) part[lane] += share(FROM(row[i + lane]) - most);    \
+            for (; i < classes; i++) sum += share(FROM(row[i]) - most);                                      \
             exp_sum[token] += sum + total(part);                                                             \
             for (i = 0, sum = 0; smoothed && i < classes; i++) sum += FROM(row[i]);                          \
             logit_sum[token] += sum;                                                                         \
@@ -59,10 +59,10 @@ static inline float share(float x) { return x < -80.0f ? 0.0f : exponential(x); 
             const TYPE *row = logits + token * classes;                                                      \
             TYPE *out = to + token * classes;                                                                \
             float g = grad[token], shift = log_sum[token];                                                   \
-            for (int64_t i = 0; i < classes; i++) out[i] = TO((share(FROM(row[i]) - shift) - uniform) * g); \
+            for (int64_t i = 0; i < classes; i++) out[i] = TO((share(FROM(row[i]) - shift) - uniform) * g);  \
             int64_t i = labels[token] - first;                                                               \
             if (0 <= i && i < classes)                                                                       \
-                out[i] = TO((share(FROM(row[i]) - shift) - uniform - (1.0f - smoothing)) * g);         \
+                out[i] = TO((share(FROM(row[i]) - shift) - uniform - (1.0f - smoothing)) * g);               \
         }                                                                                                    \
     }
 
