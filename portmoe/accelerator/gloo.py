@@ -22,6 +22,8 @@ def use_one_worker() -> None:
 
     torch makes its own groups, those of a device mesh among them, with no way to pass an option.
     """
+    if not dist.is_gloo_available():
+        return
     group_type = dist.ProcessGroupGloo
     made_by_torch = group_type.__init__
 
@@ -30,10 +32,15 @@ def use_one_worker() -> None:
         store: dist.Store,
         rank: int,
         size: int,
-        timeout: timedelta = default_pg_timeout,
+        timeout: "timedelta | dist.ProcessGroupGloo.Options" = default_pg_timeout,
+        options: "dist.ProcessGroupGloo.Options | None" = None,
     ) -> None:
-        options = group_type._Options()
-        options._timeout, options._devices, options._threads = timeout, _devices(), 1
+        if isinstance(timeout, group_type._Options):  # torch takes either in this place
+            options = timeout
+        elif options is None:
+            options = group_type._Options()
+            options._timeout, options._devices = timeout, _devices()
+        options._threads = 1
         made_by_torch(self, store, rank, size, options)
 
     group_type.__init__ = init
@@ -41,7 +48,7 @@ def use_one_worker() -> None:
 
 def _devices() -> "list[dist.ProcessGroupGloo.Device]":
     """The network interfaces torch would take: those of GLOO_SOCKET_IFNAME, or the one of the host's name."""
-    interfaces = os.environ.get("GLOO_SOCKET_IFNAME")
+    interfaces = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
     if not interfaces:
         return [dist.ProcessGroupGloo.create_default_device()]
-    return [dist.ProcessGroupGloo.create_device(interface=name) for name in interfaces.split(",")]
+    return [dist.ProcessGroupGloo.create_device(interface=name) for name in interfaces]

@@ -7,6 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+
+from portmoe.accelerator import gloo
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads by /proc")
 
@@ -67,8 +70,36 @@ def test_every_group_has_one_worker():
     assert threads[WORKER] == threads[LISTENER] == len(backends)
 
 
-def test_the_interfaces_named_by_the_user_are_used():
+@pytest.mark.parametrize("named", ["lo,lo", "lo,lo,"])  # torch takes both
+def test_the_interfaces_named_by_the_user_are_used(named):
     """GLOO_SOCKET_IFNAME: a listening thread for each, and still one worker."""
-    backends, threads = run(GLOO_SOCKET_IFNAME="lo,lo")
+    backends, threads = run(GLOO_SOCKET_IFNAME=named)
     assert set(backends) == {"backend 2"}
     assert (threads[WORKER], threads[LISTENER]) == (len(backends), 2 * len(backends))
+
+
+def test_options_of_a_caller_are_kept_but_for_the_workers():
+    program = """
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from portmoe.accelerator import gloo
+
+gloo.use_one_worker()
+options = dist.ProcessGroupGloo._Options()
+options._devices = [dist.ProcessGroupGloo.create_device(interface="lo")]
+options._timeout = timedelta(seconds=5)
+for arguments, named in (((options,), {}), ((), {"options": options})):
+    made = dist.ProcessGroupGloo(dist.HashStore(), 0, 1, *arguments, **named).options
+    print(made._threads, len(made._devices), made._timeout.total_seconds())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout) == (0, "1 1 5.0\n" * 2), done.stderr
+
+
+def test_a_torch_without_gloo_is_left_as_it_is(monkeypatch):
+    """``init_process_group`` then says so itself, which the launch explains."""
+    monkeypatch.setattr(torch.distributed, "is_gloo_available", lambda: False)
+    monkeypatch.delattr(torch.distributed, "ProcessGroupGloo")
+    gloo.use_one_worker.__wrapped__()
