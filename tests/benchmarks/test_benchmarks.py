@@ -38,7 +38,7 @@ def test_peak(run):
 
 
 def test_moe_layer(run):
-    rows, printed = run("moe_layer", "--shape", "64/64/4/2", "--rounds", 2, "--only-ours")
+    rows, printed = run("moe_layer", "--shape", "64/64/4/2", "--rounds", 15, "--only-ours")
     assert rows[0]["case"] == "bare products"
     assert rows[0]["ratio (median)"] == 1.0
     chosen = [row["case"] for row in rows if "(chosen)" in row["case"]]
