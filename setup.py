@@ -34,6 +34,6 @@ setup(
     package_data={
         "portmoe.backends.cpu": ["*.c", "*.h"],
         "portmoe.configs": ["*.yaml"],
-        "portmoe.validation": ["*.json", "*.yaml"],
+        "portmoe.verify.runs": ["*.json", "*.yaml"],
     },
 )

@@ -8,7 +8,7 @@ import click
 
 from portmoe.accelerator.discovery import AUTO, find, prepare
 from portmoe.cli.options import config_options
-from portmoe.config_file import load_config
+from portmoe.config.read import load_config
 from portmoe.errors import ConfigError, TrainingError
 
 
@@ -39,8 +39,8 @@ def bisect(
     if reference != AUTO:
         find(reference)
     prepare(backend)
-    from portmoe.validation import bisect_report
-    from portmoe.validation.bisect import bisect as walk
+    from portmoe.verify.bisect import bisect_report
+    from portmoe.verify.bisect.bisect import bisect as walk
 
     found = walk(config, reference, backend, progress=_progress)
     if sys.stderr.isatty():

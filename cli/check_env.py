@@ -6,9 +6,9 @@ import sys
 import click
 
 from portmoe.accelerator.discovery import AUTO
-from portmoe.environment.survey import survey
-from portmoe.environment.text import render
 from portmoe.errors import BackendError
+from portmoe.verify.machine.survey import survey
+from portmoe.verify.machine.text import render
 
 COLOURS = {"OK": "green", "WARN": "yellow", "FAIL": "red"}
 

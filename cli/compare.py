@@ -21,9 +21,9 @@ def compare(first: Path, second: Path, out: Path | None) -> None:
 
     Ends with exit code 4 if the runs are further apart than rounding explains.
     """
-    from portmoe.validation import comparison_report
-    from portmoe.validation.comparison import compare as compare_runs
-    from portmoe.validation.comparison import read_run
+    from portmoe.verify.runs import comparison_report
+    from portmoe.verify.runs.comparison import compare as compare_runs
+    from portmoe.verify.runs.comparison import read_run
 
     found = compare_runs(read_run(first), read_run(second))
     click.echo(comparison_report.text(found))

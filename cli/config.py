@@ -6,8 +6,8 @@ import click
 
 from portmoe.cli.options import config_options
 from portmoe.config import Config
-from portmoe.config_file import dump_config, load_config, no_effect_notes
-from portmoe.config_messages import shorten
+from portmoe.config.messages import shorten
+from portmoe.config.read import dump_config, load_config, no_effect_notes
 from portmoe.errors import ConfigError
 
 
@@ -37,7 +37,7 @@ def import_(source: str, output: str | None, force: bool) -> None:
     Literals, arithmetic and names assigned before are read; anything else is named with its line. What
     could not be carried over is listed on standard error and on top of the result.
     """
-    from portmoe.config_import import import_config
+    from portmoe.config.internevo.importer import import_config
 
     imported = import_config(source)
     resolved = imported.config

@@ -6,10 +6,10 @@ import click
 
 from portmoe.accelerator.discovery import AUTO, find, prepare
 from portmoe.cli.options import config_options
-from portmoe.config_file import config_name, load_config
+from portmoe.config.read import config_name, load_config
+from portmoe.launch.ranks import LAUNCHERS, detect
 from portmoe.parallel.layout import Layout
 from portmoe.training.engines import require_engine
-from portmoe.training.ranks import LAUNCHERS, detect
 
 MOST_RANKS = 2**20
 
@@ -74,12 +74,12 @@ def train(
     require_engine(config)
     prepare(backend)
     if dry_run:
-        from portmoe.training.dry_run import dry_run as describe
+        from portmoe.planning.dry_run import dry_run as describe
 
         click.echo(describe(config, name, backend, world_size or nproc))
         return
     if nproc > 1:
-        from portmoe.training.spawn import spawn
+        from portmoe.launch.spawn import spawn
 
         settings = [part for override in overrides for part in ("--set", override)]
         argv = ["train", "--config", name, *settings, "--backend", backend, "--launcher", "torchrun"]

@@ -36,8 +36,8 @@ def validate(backend: str, out: Path | None, seed: int, timeout: float) -> None:
     memory pool and a short training run. Ends with exit code 4 if anything fails.
     """
     prepare(backend)
-    from portmoe.validation import reports
-    from portmoe.validation.validate import validate as run
+    from portmoe.verify.backend import reports
+    from portmoe.verify.backend.validate import validate as run
 
     report = run(backend, seed, timeout, progress=_progress)
     if sys.stderr.isatty():

@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Config": "portmoe.config",
-    "load_config": "portmoe.config_file",
+    "load_config": "portmoe.config.read",
     "get_accelerator": "portmoe.accelerator",
     "PortmoeError": "portmoe.errors",
     "ops": "portmoe.ops",

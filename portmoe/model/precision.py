@@ -8,7 +8,7 @@ at use, which gives the same numbers.
 import torch
 from torch.distributed.tensor import DTensor
 
-from portmoe.config import ModelConfig
+from portmoe.config.schema import ModelConfig
 
 _DTYPES = {
     "float32": torch.float32,

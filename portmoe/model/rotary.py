@@ -2,7 +2,7 @@
 
 import torch
 
-from portmoe.config import ModelConfig
+from portmoe.config.schema import ModelConfig
 
 
 def rotary_tables(positions_T: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ before it starts a process.
 import math
 from dataclasses import dataclass
 
-from portmoe.config import Config, DataConfig
+from portmoe.config.schema import Config, DataConfig
 from portmoe.errors import ConfigError
 
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from portmoe.config import Config
-from portmoe.model.flops import head_forward_flops, layer_forward_flops
-from portmoe.model.parameters import ParameterCount, count_parameters, layer_parameters
+from portmoe.costs.flops import head_forward_flops, layer_forward_flops
+from portmoe.costs.parameters import ParameterCount, count_parameters, layer_parameters
 from portmoe.parallel.layout import Layout
 
 

@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Shard
 
+from portmoe.costs.parameters import exact_modules
 from portmoe.model.decoder import Decoder
-from portmoe.model.parameters import exact_modules
 from portmoe.parallel.expert import all_experts
 from portmoe.parallel.mesh import Meshes
 

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import nn
 
 from portmoe.config import Config
+from portmoe.costs.parameters import parameter_groups
 from portmoe.data.batch import Batch
 from portmoe.errors import BackendError
 from portmoe.model.decoder import Decoder
-from portmoe.model.parameters import parameter_groups
 from portmoe.ops.table import OpTable
 from portmoe.parallel.layout import Layout
 from portmoe.training.engine import Engine

@@ -12,23 +12,23 @@ from torch import nn
 
 from portmoe.accelerator.interface import BufferPool
 from portmoe.config import Config
+from portmoe.costs.parameters import merged, parameter_groups
 from portmoe.data.batch import Batch
 from portmoe.data.packing import IGNORED
 from portmoe.model.decoder import DecoderOutput, StageOutput
 from portmoe.model.init import initialise
-from portmoe.model.parameters import merged, parameter_groups
 from portmoe.ops.table import OpTable
 from portmoe.parallel import tensor, zero
 from portmoe.parallel.build import build
 from portmoe.parallel.layout import Layout
 from portmoe.parallel.mesh import Meshes
 from portmoe.parallel.tensor import Region
+from portmoe.profiling.spans import OPTIMIZER, span
+from portmoe.profiling.stopwatch import Stopwatch
 from portmoe.training.loss_scale import LossScale
 from portmoe.training.metrics import StepMetrics
 from portmoe.training.optimizer import Optimizer, of_groups
 from portmoe.training.schedule import beta2, learning_rate
-from portmoe.training.spans import OPTIMIZER, span
-from portmoe.training.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from portmoe.parallel.pipeline import Consume

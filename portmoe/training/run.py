@@ -12,36 +12,37 @@ import torch
 import torch.distributed as dist
 
 from portmoe.accelerator import Accelerator, get_accelerator
+from portmoe.checkpoint.store import Checkpointer
 from portmoe.config import Config
-from portmoe.config_file import no_effect_notes
+from portmoe.config.read import no_effect_notes
+from portmoe.costs.flops import benchmark_flops_per_token, model_flops_per_token
+from portmoe.costs.parameters import count_parameters
 from portmoe.data import check_data, open_data
 from portmoe.errors import TrainingError
-from portmoe.model.flops import benchmark_flops_per_token, model_flops_per_token
-from portmoe.model.parameters import count_parameters
+from portmoe.launch import launch
+from portmoe.launch.interrupt import Interrupt
+from portmoe.launch.placement import gather_places, placement
+from portmoe.launch.ranks import Ranks, detect
+from portmoe.launch.roll_call import RollCall
 from portmoe.model.precision import compute_dtype
 from portmoe.ops import OpTable
 from portmoe.parallel.layout import Layout
 from portmoe.parallel.mesh import build_meshes
 from portmoe.parallel.stages import describe
 from portmoe.parallel.workload import workload_of
-from portmoe.training import launch, provenance
-from portmoe.training.checkpoint import Checkpointer
+from portmoe.planning.memory_check import require_memory
+from portmoe.profiling.profile import FOLDER, StepProfile, least_work
+from portmoe.profiling.spans import mark_modules, marked_operations
+from portmoe.record import provenance
+from portmoe.record.report import RunFacts, end_summary, start_block
+from portmoe.record.run_directory import RunDirectory
+from portmoe.record.throughput import Throughput
+from portmoe.record.writers import Writers
 from portmoe.training.engine import Engine
 from portmoe.training.engines import build_engine
-from portmoe.training.interrupt import Interrupt
-from portmoe.training.memory_check import require_memory
 from portmoe.training.operations import choose_operations
-from portmoe.training.placement import gather_places, placement
-from portmoe.training.profile import FOLDER, StepProfile, least_work
-from portmoe.training.ranks import Ranks, detect
-from portmoe.training.report import RunFacts, end_summary, start_block
-from portmoe.training.roll_call import RollCall
-from portmoe.training.run_directory import RunDirectory
-from portmoe.training.spans import mark_modules, marked_operations
 from portmoe.training.starting_point import starting_point
-from portmoe.training.throughput import Throughput
 from portmoe.training.trainer import Progress, Trainer
-from portmoe.training.writers import Writers
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,9 @@ def _profile(session: Session, engine: Engine, progress: Progress) -> StepProfil
     mark_modules(engine.model)
     workload = workload_of(session.config, session.layout, session.device)
     path = session.run.path / FOLDER / f"trace-rank{session.ranks.rank:05d}.json.gz"
-    return StepProfile(path, steps, workload, least_work(engine, workload, session.layout.micro_num))
+    updated = sum(moment.numel() for moment in engine.optimizer.exp_avg.values())
+    least = least_work(engine.model, updated, workload, session.layout.micro_num)
+    return StepProfile(path, steps, workload, least)
 
 
 def _facts(session: Session, ops: OpTable, ranks: str, progress: Progress, notes: list[str]) -> RunFacts:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from portmoe.checkpoint.store import Checkpointer, read
 from portmoe.config import Config
 from portmoe.errors import ConfigError
 from portmoe.parallel.layout import Layout
-from portmoe.training.checkpoint import Checkpointer, read
+from portmoe.record.run_directory import RunDirectory
 from portmoe.training.engine import Engine
-from portmoe.training.run_directory import RunDirectory
 from portmoe.training.trainer import Progress
 
 

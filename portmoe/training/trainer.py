@@ -8,18 +8,18 @@ from typing import Any
 import torch.distributed as dist
 
 from portmoe.accelerator import Accelerator
+from portmoe.checkpoint.store import Checkpointer
 from portmoe.config import Config, parse_step_ranges
 from portmoe.data.loader import DataStream
+from portmoe.launch.interrupt import Interrupt
 from portmoe.parallel.layout import Layout
-from portmoe.training.checkpoint import Checkpointer
+from portmoe.profiling.profile import StepProfile
+from portmoe.profiling.spans import WAITING, span
+from portmoe.record.log_line import StepResult, perplexity, step_record
+from portmoe.record.throughput import Throughput
+from portmoe.record.writers import Writers
 from portmoe.training.engine import Engine, StepOutcome
-from portmoe.training.interrupt import Interrupt
-from portmoe.training.log_line import StepResult, perplexity, step_record
 from portmoe.training.metrics import StepTotals
-from portmoe.training.profile import StepProfile
-from portmoe.training.spans import WAITING, span
-from portmoe.training.throughput import Throughput
-from portmoe.training.writers import Writers
 
 
 @dataclass

@@ -11,8 +11,8 @@ import portmoe
 from portmoe.accelerator.discovery import load
 from portmoe.cli.main import cli
 from portmoe.config import Config
-from portmoe.config_file import load_config, parse_config
-from portmoe.config_messages import sections
+from portmoe.config.messages import sections
+from portmoe.config.read import load_config, parse_config
 from portmoe.ops import OPERATIONS
 
 IDS = [path.relative_to(FOLDER).as_posix() for path in pages()]
@@ -115,7 +115,7 @@ def test_the_tables_of_layouts_are_the_same():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_figures_are_those_of_the_dry_run(monkeypatch):
-    from portmoe.training import dry_run
+    from portmoe.planning import dry_run
 
     monkeypatch.setattr(dry_run, "_communication", lambda config, layout: iter(()))  # not in the tables
     for ranks, settings, together in rows("en"):

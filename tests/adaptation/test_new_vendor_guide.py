@@ -14,7 +14,7 @@ CHECK_NORM = """
 import json, torch
 from portmoe.accelerator import get_accelerator
 from portmoe.ops import OPERATIONS
-from portmoe.validation.conformance import check_operation
+from portmoe.verify.backend.conformance import check_operation
 from portmoe_newvendor import runtime
 backend = get_accelerator("newvendor")
 own = [i for i in backend.ops.implementations() if i.name == "newvendor"]

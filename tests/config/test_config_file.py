@@ -5,8 +5,8 @@ import textwrap
 import pytest
 
 import portmoe
-from portmoe.config import Config, DataConfig
-from portmoe.config_file import dump_config, no_effect_notes, packaged_names
+from portmoe.config.read import dump_config, no_effect_notes, packaged_names
+from portmoe.config.schema import Config, DataConfig
 
 
 def write(tmp_path, text):

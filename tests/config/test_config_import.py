@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import portmoe
 from portmoe.cli import main as command
-from portmoe.config_file import dump_config
-from portmoe.config_import import import_config
-from portmoe.config_python import Unreadable, read_assignments
+from portmoe.config.internevo.importer import import_config
+from portmoe.config.internevo.literals import Unreadable, read_assignments
+from portmoe.config.read import dump_config
 from portmoe.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,9 +2,9 @@ import signal
 
 import pytest
 
-from portmoe.environment.child import run_python
+from portmoe.verify.machine.child import run_python
 
-REPORT = "from portmoe.environment.child import report; report({'n': 1}); report({'n': 2}); "
+REPORT = "from portmoe.verify.machine.child import report; report({'n': 1}); report({'n': 2}); "
 
 
 @pytest.mark.parametrize(

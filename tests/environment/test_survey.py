@@ -6,9 +6,9 @@ from importlib.metadata import entry_points
 import pytest
 
 from portmoe.accelerator import discovery
-from portmoe.environment import survey as survey_module
-from portmoe.environment.survey import survey
-from portmoe.environment.text import render
+from portmoe.verify.machine import survey as survey_module
+from portmoe.verify.machine.survey import survey
+from portmoe.verify.machine.text import render
 
 BACKEND = """
 import os, signal

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 import portmoe
 from portmoe.accelerator.preflight import Preflight
-from portmoe.environment import trials
 from portmoe.ops import OPERATIONS, Implementation
+from portmoe.verify.machine import trials
 
 CPU = torch.device("cpu")
 

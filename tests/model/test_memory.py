@@ -5,10 +5,10 @@ import torch
 
 from portmoe.accelerator import get_accelerator
 from portmoe.config import Config
+from portmoe.costs.memory import activation_bytes, state_bytes
+from portmoe.costs.parameters import count_parameters
 from portmoe.data.batch import Batch
 from portmoe.model import Decoder, Router
-from portmoe.model.memory import activation_bytes, state_bytes
-from portmoe.model.parameters import count_parameters
 from portmoe.model.precision import compute_dtype
 from portmoe.ops import OPERATIONS, OpTable, Segments, choose
 from portmoe.parallel.layout import Layout

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from portmoe.config import Config
+from portmoe.costs.flops import benchmark_flops_per_token, model_flops_per_token
+from portmoe.costs.parameters import count_parameters, exact_modules, parameter_groups
 from portmoe.model import Decoder
 from portmoe.model.capacity import expert_capacity, expert_rows
-from portmoe.model.flops import benchmark_flops_per_token, model_flops_per_token
-from portmoe.model.parameters import count_parameters, exact_modules, parameter_groups
 
 SMALL = {"hidden_size": 24, "num_attention_heads": 2, "num_layers": 5, "vocab_size": 200, "multiple_of": 7}
 VARIANTS = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from agreement import workload
 
-from portmoe.config import Config, ModelConfig, MoeConfig, OpsConfig
+from portmoe.config.schema import Config, ModelConfig, MoeConfig, OpsConfig
 from portmoe.errors import BackendError, ConfigError
 from portmoe.ops import OPERATIONS, Implementation, Operation, choose
 from portmoe.ops.operation import Sample, rounding

@@ -8,7 +8,7 @@ import pytest
 import torch
 from agreement import workload
 
-from portmoe.config import Config, OpsConfig
+from portmoe.config.schema import Config, OpsConfig
 from portmoe.ops import Implementation, Operation, choose, measure
 from portmoe.ops.operation import Sample, rounding
 from portmoe.ops.timings import Timings, cache_file

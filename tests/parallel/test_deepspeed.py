@@ -12,7 +12,7 @@ import portmoe
 from portmoe.cli import main as command
 from portmoe.errors import ConfigError
 from portmoe.parallel.layout import Layout
-from portmoe.training.memory_check import state_of_rank
+from portmoe.planning.memory_check import state_of_rank
 
 ENGINE = "trainer.engine=deepspeed"
 NATIVE = "trainer.engine=native"
@@ -138,7 +138,7 @@ def test_experts_are_not_spread():
 def test_memory_by_hand(number, whole, shards):
     """In units of 4 bytes a parameter: weights, masters, gradients and two moments, whole or in 8 shards."""
     config = portmoe.load_config("tiny_moe4", [ENGINE, stage(number), "data.global_batch_size=null"])
-    parameters = 4 * portmoe.model.parameters.count_parameters(config).total
+    parameters = 4 * portmoe.costs.parameters.count_parameters(config).total
     state = state_of_rank(config, Layout.plan(config, 8))
     assert state.total == whole * parameters + shards * -(-parameters // 8)
 

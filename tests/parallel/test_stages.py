@@ -5,9 +5,9 @@ import itertools
 import pytest
 
 import portmoe
+from portmoe.costs.flops import model_flops_per_token
+from portmoe.costs.parameters import count_parameters
 from portmoe.errors import ConfigError
-from portmoe.model.flops import model_flops_per_token
-from portmoe.model.parameters import count_parameters
 from portmoe.parallel.layout import Layout
 from portmoe.parallel.stages import bubble, costs, describe, rank_parameters, split_stages, stages_of
 

@@ -24,10 +24,10 @@ from worlds import MODEL, train
 
 import portmoe
 from portmoe.parallel.layout import Layout
-from portmoe.parallel.traffic import Counted
+from portmoe.planning.fake_world import measure
+from portmoe.planning.traffic import Counted
 from portmoe.training import run as training_run
 from portmoe.training.engine import NativeEngine
-from portmoe.training.fake_world import measure
 
 FSDP, BF16 = "parallel.zero1.fsdp=true", "model.dtype=bfloat16"
 

@@ -12,7 +12,7 @@ import pytest
 from test_training import FUSED, MODELS, SMALL, losses, train_all
 
 from portmoe.cli.main import run as command
-from portmoe.validation.comparison import compare, read_run
+from portmoe.verify.runs.comparison import compare, read_run
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
 from portmoe.accelerator import gloo
+from portmoe.checkpoint import store as checkpoint
+from portmoe.checkpoint.store import Checkpointer, complete_steps, folder_of
 from portmoe.errors import ConfigError, TrainingError
-from portmoe.training import checkpoint
-from portmoe.training.checkpoint import Checkpointer, complete_steps, folder_of
 
 SHAPES = {"rows": (7, 3), "even": (8, 2), "copied": (5, 4), "plain": (6,), "scalar": (), "half": (3, 5)}
 

@@ -2,8 +2,8 @@ import pytest
 import torch.distributed as dist
 
 import portmoe
-from portmoe.training import launch
-from portmoe.training.ranks import detect
+from portmoe.launch import launch
+from portmoe.launch.ranks import detect
 
 
 @pytest.fixture

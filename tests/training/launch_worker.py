@@ -77,8 +77,8 @@ def meet(timeout: str, folder: str = "", fault: str = "") -> None:
 
     from portmoe.accelerator import get_accelerator
     from portmoe.errors import PortmoeError
-    from portmoe.training import launch
-    from portmoe.training.ranks import detect
+    from portmoe.launch import launch
+    from portmoe.launch.ranks import detect
 
     ranks = detect()
     try:

@@ -15,9 +15,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from portmoe.checkpoint import store as checkpoint
+from portmoe.checkpoint.store import Checkpointer, complete_steps, folder_of
 from portmoe.errors import ConfigError, TrainingError
-from portmoe.training import checkpoint
-from portmoe.training.checkpoint import Checkpointer, complete_steps, folder_of
 
 WORKER = worker.__file__
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import portmoe
+from portmoe.costs.parameters import parameter_groups
 from portmoe.data import open_data
 from portmoe.model import Decoder
-from portmoe.model.parameters import parameter_groups
 from portmoe.model.reference_table import reference_table
 from portmoe.parallel.layout import Layout
 from portmoe.parallel.mesh import build_meshes

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from portmoe.config_file import load_config
+from portmoe.config.read import load_config
+from portmoe.costs.parameters import parameter_groups
 from portmoe.model.decoder import Decoder
-from portmoe.model.parameters import parameter_groups
 from portmoe.training.optimizer import Optimizer, place
 
 SMALL = ("model.hidden_size=16", "model.num_layers=3", "model.num_attention_heads=2", "model.multiple_of=16")

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from portmoe.training.interrupt import Interrupt
+from portmoe.launch.interrupt import Interrupt
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -11,9 +11,9 @@ import pytest
 from free_port import free_port
 
 from portmoe.errors import BackendError, ConfigError
-from portmoe.training import launch
-from portmoe.training.ranks import detect, parse_host_list
-from portmoe.training.spawn import spawn
+from portmoe.launch import launch
+from portmoe.launch.ranks import detect, parse_host_list
+from portmoe.launch.spawn import spawn
 
 HERE = Path(__file__).parent
 WORKER = HERE / "launch_worker.py"
@@ -254,7 +254,7 @@ class TestSpawn:
 
 def start_spawn(mode, *arguments):
     call = f"spawn(2, {[mode, *arguments]}, 1, module='launch_worker')"
-    program = f"import sys; from portmoe.training.spawn import spawn; sys.exit({call})"
+    program = f"import sys; from portmoe.launch.spawn import spawn; sys.exit({call})"
     return subprocess.Popen([sys.executable, "-c", program], env=clean_environment(), start_new_session=True)
 
 

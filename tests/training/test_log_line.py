@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from portmoe.training.log_line import StepResult, perplexity, step_record, to_json, to_text
-from portmoe.training.throughput import Speed
+from portmoe.record.log_line import StepResult, perplexity, step_record, to_json, to_text
+from portmoe.record.throughput import Speed
 
 BENCHMARK_KEYS = [
     *("tflops", "step", "loss", "real_tgs", "tgs (tokens/gpu/second)", "tgs/last_tgs_1", "tgs/tgs_all"),

@@ -1,6 +1,6 @@
 import pytest
 
-from portmoe.training.placement import placement
+from portmoe.launch.placement import placement
 
 
 @pytest.mark.parametrize(

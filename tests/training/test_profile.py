@@ -13,13 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from portmoe.config import Config
+from portmoe.costs.step_cost import Cost, step_cost
 from portmoe.data import Batch
 from portmoe.model.decoder import Decoder
-from portmoe.model.step_cost import Cost, step_cost
 from portmoe.ops import Segments
-from portmoe.training.attribution import Usage, attribute
-from portmoe.training.profile import table
-from portmoe.training.spans import span
+from portmoe.profiling.attribution import Usage, attribute
+from portmoe.profiling.profile import table
+from portmoe.profiling.spans import span
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 
 from portmoe.config import Config
 from portmoe.errors import ConfigError, TrainingError
-from portmoe.training.run_directory import RunDirectory, first_difference
+from portmoe.record.run_directory import RunDirectory, first_difference
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from portmoe.training.throughput import Throughput
+from portmoe.record.throughput import Throughput
 
 
 class Clock:

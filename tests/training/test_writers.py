@@ -15,9 +15,9 @@ from datetime import datetime
 import pytest
 
 from portmoe.errors import TrainingError
-from portmoe.training.console import Console
-from portmoe.training.report import RunFacts, end_summary, start_block
-from portmoe.training.writers import Writers, drop_steps_from, read_metrics
+from portmoe.record.console import Console
+from portmoe.record.report import RunFacts, end_summary, start_block
+from portmoe.record.writers import Writers, drop_steps_from, read_metrics
 
 
 def record(step, loss=1.0):
@@ -210,7 +210,7 @@ def test_events_are_held_back_up_to_the_queue_length(tmp_path):
 
 def test_tensorboard_is_not_imported_before_events_are_due(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from portmoe.training.writers import Writers\n"
+        "import sys; from pathlib import Path; from portmoe.record.writers import Writers\n"
         f"writers = Writers(Path({str(tmp_path)!r}), 60, False, 2)\n"
         "writers.step({'step': 0, 'loss': 1.0})\n"
         "print(sorted({'tensorboard', 'torch'} & set(sys.modules)))"
@@ -280,7 +280,7 @@ class TestProgressLine:
 
 def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
     code = (
-        "from pathlib import Path; from portmoe.training.writers import Writers\n"
+        "from pathlib import Path; from portmoe.record.writers import Writers\n"
         f"writers = Writers(Path({str(tmp_path)!r}), 60, False, 100)\n"
         "for step in range(50): writers.step({'step': step, 'loss': 1.0})\n"
         "print('end')"

@@ -10,16 +10,16 @@ from torch.utils._pytree import tree_map
 
 from portmoe.accelerator import Operations, get_accelerator
 from portmoe.cli.main import run as portmoe
-from portmoe.config_file import load_config
+from portmoe.config.read import load_config
 from portmoe.model import decoder
 from portmoe.ops import OPERATIONS
 from portmoe.ops.operation import Implementation
-from portmoe.validation import bisect as walking
-from portmoe.validation import bisect_report
-from portmoe.validation.calls import call, copied
-from portmoe.validation.recording import Call
-from portmoe.validation.replay import undecided
-from portmoe.validation.whole_model import distance
+from portmoe.verify.backend.calls import call, copied
+from portmoe.verify.bisect import bisect as walking
+from portmoe.verify.bisect import bisect_report
+from portmoe.verify.bisect.answers import undecided
+from portmoe.verify.bisect.whole_model import distance
+from portmoe.verify.runs.recording import Call
 
 SMALL = (
     "data.seq_len=32",

@@ -6,11 +6,11 @@ import math
 import pytest
 
 from portmoe.cli.main import run as portmoe
-from portmoe.config_file import dump_config, load_config
+from portmoe.config.read import dump_config, load_config
 from portmoe.errors import ConfigError
-from portmoe.validation import comparison_report
-from portmoe.validation.comparison import compare, read_run
-from portmoe.validation.thresholds import BFLOAT16, FLOAT32
+from portmoe.verify.runs import comparison_report
+from portmoe.verify.runs.comparison import compare, read_run
+from portmoe.verify.runs.thresholds import BFLOAT16, FLOAT32
 
 STEPS = 12
 

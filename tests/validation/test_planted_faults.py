@@ -13,7 +13,7 @@ from planting import FAULTS
 from portmoe.accelerator import get_accelerator
 from portmoe.ops import OPERATIONS
 from portmoe.ops.operation import Implementation
-from portmoe.validation.conformance import check_operation
+from portmoe.verify.backend.conformance import check_operation
 
 CPU = torch.device("cpu")
 

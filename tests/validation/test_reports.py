@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 import pytest
 
 from portmoe.errors import ConfigError
-from portmoe.validation import reports
-from portmoe.validation.check import Check, Curve, Report
+from portmoe.verify.backend import reports
+from portmoe.verify.backend.check import Check, Curve, Report
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from portmoe.accelerator import get_accelerator
-from portmoe.validation.collectives import TRIALS, check_collectives
-from portmoe.validation.pool import check_memory
-from portmoe.validation.training_run import check_training, reference
+from portmoe.verify.backend.collectives import TRIALS, check_collectives
+from portmoe.verify.backend.pool import check_memory
+from portmoe.verify.runs.training_run import check_training, reference
 
 # A CPU backend under another name whose one part can be replaced.
 BACKEND = """

@@ -10,8 +10,8 @@ from torch_npu import faults
 from portmoe import load_config
 from portmoe.backends.npu.ops import FUSED
 from portmoe.ops import OPERATIONS
-from portmoe.validation.bisect import bisect
-from portmoe.validation.conformance import check_operation
+from portmoe.verify.backend.conformance import check_operation
+from portmoe.verify.bisect.bisect import bisect
 
 NPU = torch.device("npu", 0)
 SMALL = (

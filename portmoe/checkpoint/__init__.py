@@ -1,0 +1,1 @@
+"""Checkpoints: sharded, atomic, readable by any layout."""

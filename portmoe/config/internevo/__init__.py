@@ -1,0 +1,1 @@
+"""Carrying an InternEvo config, a Python file, over without executing it."""

@@ -1,0 +1,239 @@
+"""Carrying a config of InternEvo, a file of Python assignments, over to a YAML config.
+
+Its sections and keys are the benchmark's and therefore ours; what differs is listed in the tables
+below. Everything the file says is either in the result or in ``left_out``, with the reason.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from portmoe.config import yaml as config_yaml
+from portmoe.config.internevo.literals import ALLOWED, Lines, Unreadable, read_assignments
+from portmoe.config.messages import sections, shorten, violations
+from portmoe.config.read import is_ineffective, parse_config, read_text
+from portmoe.config.schema import Config
+from portmoe.errors import ConfigError
+
+# Later releases moved keys between the sections.
+MOVED = {"model.top_k": "moe.top_k"}
+MOVED_SECTIONS = {"model.moe_layer_kwargs": "moe"}
+RENAMED_VALUES = {"model.moe_type": {"MegaBlock-Dropless": "MegaBlock-D"}}
+LOCAL = "local:"  # how file names of this machine begin
+STORES = ("boto3:", "volc:", "oss2:")
+
+WHY_NOT = {
+    "model.num_kv_attention_heads": "every attention head has keys and values of its own",
+    "parallel.expert.no_tp": "the experts are cut by parallel.tensor.size like the rest",
+    "parallel.expert_weight": "there is one weight parallelism for all parameters",
+    "parallel.expert_zero1": "the state of the experts is sharded by parallel.zero1 too",
+    "parallel.sequence_parallel": "choose parallel.tensor.mode instead",
+    "metric_dtype": "metrics are computed in float32",
+}
+NO_SUCH_KEY = "portmoe has no such key"
+OTHER_CHECKPOINT = "portmoe loads its own checkpoints only; training starts from fresh weights"
+NO_STORE = "there is no object store; give a folder of this machine"
+
+_SECTIONS = dict(sections())
+OPTIONAL_SECTION = "ckpt.load_ckpt_info"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A key of the file that is not in the result."""
+
+    key: str
+    value: str
+    line: int
+    why: str
+
+    def __str__(self) -> str:
+        key = self.key if self.key.isprintable() else shorten(self.key)
+        return f"line {self.line}: {key:.120} = {self.value}: {self.why}"
+
+
+@dataclass
+class Imported:
+    """The outcome: ``tree`` holds what was carried over.
+
+    ``defaults``: keys of the model that the file does not give, each with portmoe's default.
+    """
+
+    source: str
+    tree: dict[str, Any]
+    left_out: list[LeftOut]
+    defaults: list[str]
+
+    @property
+    def config(self) -> Config:
+        """The typed whole, read from what ``yaml`` writes."""
+        return parse_config(self.yaml(), self.source)
+
+    @property
+    def model_may_differ(self) -> bool:
+        """Whether a key of the model itself was left out."""
+        return any(item.key.startswith(("model.", "moe.")) for item in self.left_out)
+
+    def yaml(self) -> str:
+        """A config file, with what is not in it as comments on top."""
+        head = [f"Imported from {shorten(Path(self.source).name)}."]
+        if self.left_out:
+            head += ["Not carried over:", *(f"  {item}" for item in self.left_out)]
+        return "".join(f"# {line}\n" for line in head) + config_yaml.dump(self.tree)
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    path: str
+    value: Any
+    line: int
+
+
+def import_config(path: str | os.PathLike[str]) -> Imported:
+    """Read the Python config at ``path``.
+
+    Raises:
+        ConfigError: the file cannot be read, a key of ours is computed in a way that is not read, it
+            configures another type of model, or the keys contradict each other.
+    """
+    source = os.fspath(path)
+    found = read_assignments(read_text(source, packaged=False).removeprefix("\ufeff"), source)
+    if not set(found.names) & set(Config.model_fields):
+        raise ConfigError(
+            f"{source}: assigns none of the sections of a config, as in model = dict(…); "
+            f"known are {', '.join(Config.model_fields)}"
+        )
+    leaves, left_out = _sorted_out(found.names)
+    unread = [*found.unread, *(leaf.value for leaf in leaves if isinstance(leaf.value, Unreadable))]
+    if unread:
+        raise ConfigError(_not_read(source, unread))
+    tree = _validated(source, leaves, left_out)
+    left_out.sort(key=lambda item: item.line)
+    return Imported(source, tree, left_out, list(_defaults(tree)))
+
+
+def _not_read(source: str, unread: Sequence[Unreadable]) -> str:
+    lines = dict.fromkeys(f"line {u.line}: {shorten(u.source)}: {u.why}" for u in unread)
+    listed = "".join(f"\n  {line}" for line in lines)
+    return f"{source}: cannot be read without executing it, which is not done:{listed}\n  {ALLOWED}"
+
+
+def _sorted_out(names: Lines) -> tuple[list[_Leaf], list[LeftOut]]:
+    """The file's keys that are ours, and the others."""
+    ours: dict[str, _Leaf] = {}
+    left_out: list[LeftOut] = []
+    for leaf in _leaves(names, ""):
+        if "." not in leaf.path and leaf.path not in Config.model_fields and _is_constant(leaf.path):
+            continue  # a name for the file's own use
+        why = _why_not(leaf)
+        if why is None and leaf.path in ours and ours[leaf.path].value != leaf.value:
+            why = f"line {ours[leaf.path].line} says {_shown(ours[leaf.path].value)}"
+        if why is not None:
+            left_out.append(LeftOut(leaf.path, _shown(leaf.value), leaf.line, why))
+        else:
+            ours.setdefault(leaf.path, leaf)
+    return list(ours.values()), left_out
+
+
+def _is_constant(name: str) -> bool:
+    return name.upper() == name or name.startswith("_")
+
+
+def _leaves(values: Lines, prefix: str) -> Iterator[_Leaf]:
+    """Every key below ``prefix`` that is no section of ours, under the name it has here."""
+    for key, value in values.items():
+        path = f"{prefix}.{key}".lstrip(".")
+        line = values.lines[key]
+        if path in MOVED_SECTIONS and isinstance(value, Lines):
+            yield from _leaves(value, MOVED_SECTIONS[path])
+        elif path == OPTIONAL_SECTION or path not in _SECTIONS:
+            yield _converted(_Leaf(MOVED.get(path, path), value, line))
+        elif isinstance(value, Lines):
+            yield from _leaves(value, path)
+        elif type(value) is int and "size" in _SECTIONS[path].model_fields:
+            yield _converted(_Leaf(f"{path}.size", value, line))  # the older form: zero1=8
+        else:
+            yield _Leaf(path, value, line)
+
+
+def _converted(leaf: _Leaf) -> _Leaf:
+    value = leaf.value
+    if isinstance(value, str):
+        value = RENAMED_VALUES.get(leaf.path, {}).get(value, value).removeprefix(LOCAL)
+    elif leaf.path == "parallel.expert.size" and type(value) is int and value <= 0:
+        value = None  # both mean: as many ranks as there are experts, or all
+    return _Leaf(leaf.path, value, leaf.line)
+
+
+def _why_not(leaf: _Leaf) -> str | None:
+    """Why a key cannot be in the result whatever else is; None if it may."""
+    section, _, key = leaf.path.rpartition(".")
+    known = _SECTIONS.get(section)
+    if known is None or key not in known.model_fields:
+        return WHY_NOT.get(leaf.path, NO_SUCH_KEY)
+    if isinstance(leaf.value, str) and leaf.value.startswith(STORES):
+        return NO_STORE
+    if isinstance(leaf.value, Unreadable) and is_ineffective(known, key):
+        return f"{leaf.value.why}; the key has no effect here"
+    if leaf.path == OPTIONAL_SECTION and leaf.value is not None:
+        return OTHER_CHECKPOINT
+    return None
+
+
+def _validated(source: str, leaves: Sequence[_Leaf], left_out: list[LeftOut]) -> dict[str, Any]:
+    """The leaves as a tree that the config accepts; refused ones move to ``left_out``.
+
+    Raises:
+        ConfigError: the type of the model is another, or the keys contradict each other.
+    """
+    kept = {leaf.path: leaf for leaf in leaves}
+    while True:
+        tree = _tree(kept.values())
+        try:
+            Config.model_validate(tree)
+        except ValidationError as error:
+            found = violations(error, tree)
+        else:
+            return tree
+        refused = {v.path: v for v in found if v.path in kept}
+        if "model_type" in refused or not refused:
+            where = "" if "model_type" in refused else "; correct the file and import it again"
+            raise ConfigError(f"{source}: " + "\n  ".join(v.message for v in found) + where)
+        for path, violation in refused.items():
+            leaf = kept.pop(path)
+            left_out.append(LeftOut(path, _shown(leaf.value), leaf.line, violation.reason))
+
+
+def _tree(leaves: Iterator[_Leaf] | Sequence[_Leaf]) -> dict[str, Any]:
+    """Nested dicts, in the order of our own config."""
+    values = {leaf.path: leaf.value for leaf in leaves}
+
+    def below(model: type[BaseModel], prefix: str) -> dict[str, Any]:
+        result = {}
+        for name in model.model_fields:
+            path = f"{prefix}.{name}".lstrip(".")
+            if path in values:
+                result[name] = values[path]
+            elif path in _SECTIONS and (inner := below(_SECTIONS[path], path)):
+                result[name] = inner
+        return result
+
+    return below(Config, "")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Unreadable):
+        return shorten(value.source)
+    return shorten(dict(value) if isinstance(value, Lines) else value)
+
+
+def _defaults(tree: dict[str, Any]) -> Iterator[str]:
+    """The keys that shape the model and are not in ``tree``, with the values they have then."""
+    for section in ("model", "moe"):
+        for name, field in _SECTIONS[section].model_fields.items():
+            if name not in tree.get(section, {}):
+                yield f"{section}.{name} = {shorten(field.default)}"

@@ -1,0 +1,188 @@
+"""Turning violations of the typed config into messages: key, value, what is allowed, the fix."""
+
+import difflib
+import math
+import reprlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from portmoe.config.schema import LARGEST, LARGEST_FLOAT, LARGEST_SIZE, Config
+
+_POWERS = {LARGEST: "2^40", LARGEST_SIZE: "2^24", LARGEST_FLOAT: "2^127"}  # bounds as one writes them
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 60
+_repr.maxlist = _repr.maxdict = 4
+_repr.maxlevel = 2
+
+
+def shorten(value: Any) -> str:
+    """``value`` as the user would recognise it, at most about 60 characters."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int) and abs(value) > 10**40:
+        return f"an integer of {int(math.log10(abs(value))) + 1} digits"
+    return _repr.repr(value)
+
+
+def sections(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """Every section as (dotted path, its type), the top level first with path ""."""
+    yield prefix, model
+    for name, field in model.model_fields.items():
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            yield from sections(inner, f"{prefix}.{name}".lstrip("."))
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One thing wrong: the key or section, the whole message, and the message without key and value."""
+
+    path: str
+    message: str
+    reason: str
+
+
+def describe(error: ValidationError, tree: Mapping[str, Any]) -> list[str]:
+    """One line per offending key of ``tree``, in the order found."""
+    return [violation.message for violation in violations(error, tree)]
+
+
+def violations(error: ValidationError, tree: Mapping[str, Any]) -> list[Violation]:
+    """Every offending key of ``tree`` once, in the order found."""
+    found: dict[str, Violation] = {}
+    for item in error.errors(include_url=False):
+        path, section, key = _resolve(item["loc"])
+        if item["type"] == "extra_forbidden":
+            where = ".".join(map(str, item["loc"][:-1]))
+            reason = f"unknown key; {_nearest(where, str(key))}"
+            found.setdefault(path, Violation(path, f"{path:.120}: {reason}", reason))
+        elif item["type"] == "value_error":
+            for reason in str(item["ctx"]["error"]).splitlines():
+                found.setdefault(reason, Violation(path, f"{path}: {reason}" if key else reason, reason))
+        else:
+            if key is None:
+                value, reason = (
+                    item["input"],
+                    f"must be a section with keys {', '.join(section.model_fields)}",
+                )
+            else:
+                value = _value_at(tree, item["loc"][: path.count(".") + 1])
+                reason = _must(section, key, value)
+            found.setdefault(path, Violation(path, f"{path} = {shorten(value)}: {reason}", reason))
+    return list(found.values())
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section type in ``annotation``, also where it is optional."""
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _resolve(loc: tuple[int | str, ...]) -> tuple[str, type[BaseModel], str | None]:
+    """The dotted path in ``loc``, the innermost section on it, and the key there (None: the section itself).
+
+    pydantic appends the tried member of a union and the index in a list; neither is a key.
+    """
+    section: type[BaseModel] = Config
+    path: list[str] = []
+    for part in loc:
+        path.append(str(part))
+        if part not in section.model_fields:
+            return ".".join(path), section, str(part)
+        inner = _section_of(section.model_fields[part].annotation)
+        if inner is None:
+            return ".".join(path), section, str(part)
+        section = inner
+    return ".".join(path) or "the config", section, None
+
+
+def _value_at(tree: Any, path: tuple[int | str, ...]) -> Any:
+    for part in path:
+        tree = tree[part]
+    return tree
+
+
+def _nearest(section_path: str, key: str) -> str:
+    """Where an unknown key of a section was probably meant to go."""
+    known = {where: list(section.model_fields) for where, section in sections()}
+    here = known[section_path]
+    elsewhere = [f"{where}.{key}".lstrip(".") for where, names in known.items() if key in names]
+    if elsewhere:
+        return f"that key is {' or '.join(elsewhere)}"
+    close = difflib.get_close_matches(key, here, n=1)
+    if close:
+        return f"did you mean {f'{section_path}.{close[0]}'.lstrip('.')}?"
+    everywhere = {name: where for where, names in known.items() for name in names}
+    far = difflib.get_close_matches(key, everywhere, n=1, cutoff=0.75)
+    if far:
+        return f"did you mean {f'{everywhere[far[0]]}.{far[0]}'.lstrip('.')}?"
+    return f"remove it; {section_path or 'the top level'} has {', '.join(here)}"
+
+
+def _must(section: type[BaseModel], key: str, value: Any) -> str:
+    """What ``section.key`` accepts, a hint where the type alone is wrong, and the default."""
+    schema = section.model_json_schema()
+    allowed = _allowed(schema["properties"][key])
+    default = section.model_fields[key].get_default(call_default_factory=True)
+    if isinstance(value, str) and not isinstance(default, str | None) and not _is_choice(allowed):
+        hint = "; write it without quotes" if _looks_like_number(value) else ""
+    elif isinstance(value, int | float) and "text" in allowed:
+        hint = "; put it in quotes"
+    else:
+        hint = ""
+    return f"must be {allowed}{hint} (default: {shorten(default)})"
+
+
+def _is_choice(allowed: str) -> bool:
+    return allowed.startswith(("one of", "'"))
+
+
+def _looks_like_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _allowed(schema: Mapping[str, Any]) -> str:
+    """A JSON schema in words."""
+    if "anyOf" in schema:
+        return " or ".join(_allowed(option) for option in schema["anyOf"])
+    if "const" in schema:
+        return shorten(schema["const"])
+    if "enum" in schema:
+        return "one of " + ", ".join(shorten(value) for value in schema["enum"])
+    match schema.get("type"):
+        case "integer" | "number" as kind:
+            return ("an integer" if kind == "integer" else "a number") + _bounds(schema)
+        case "boolean":
+            return "true or false"
+        case "array":
+            return f"a list, each entry {_allowed(schema['items'])}"
+        case "null":
+            return "null"
+        case "string":
+            return "text"
+    return "a section"
+
+
+def _bounds(schema: Mapping[str, Any]) -> str:
+    low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
+    high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
+    limits = []
+    if low is not None and low != -LARGEST:
+        limits.append(f"≥ {low:g}")
+    if above is not None:
+        limits.append(f"> {above:g}")
+    if high is not None:
+        limits.append(f"≤ {_POWERS.get(high, f'{high:g}')}")
+    if below is not None:
+        limits.append(f"< {below:g}")
+    return " " + " and ".join(limits) if limits else ""

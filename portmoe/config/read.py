@@ -1,0 +1,160 @@
+"""Reading a config: a file or a packaged name, overrides, and one clear message for any mistake."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pydantic import BaseModel, ValidationError
+
+from portmoe.config import yaml as config_yaml
+from portmoe.config.messages import describe, shorten
+from portmoe.config.schema import Config
+from portmoe.errors import ConfigError
+
+PACKAGE = "portmoe.configs"
+
+
+def load_config(path_or_packaged_name: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in a YAML file, with ``overrides`` ("moe.top_k=1", value in YAML) applied in order.
+
+    A name that is no file here is looked up among the packaged configs, with or without ".yaml".
+
+    Raises:
+        ConfigError: the file cannot be read, is no YAML, or its content (after the overrides) is
+            not a valid config; the message lists every problem found.
+    """
+    source = str(path_or_packaged_name)
+    return parse_config(read_text(source), source, overrides)
+
+
+def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
+    """As ``load_config``, from the file's content; ``source`` is its name in messages."""
+    tree = _parse(text, source)
+    if tree is None:
+        raise ConfigError(f"{source}: the file is empty; the smallest valid config is {{}}")
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{source}: the top level is {shorten(tree)}; it must be sections, as in 'model: …'"
+        )
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = describe(error, tree)
+    where = f"{source} with --set {' --set '.join(map(shorten, overrides))}" if overrides else source
+    if len(problems) == 1:
+        raise ConfigError(f"{where}: {problems[0]}")
+    raise ConfigError(f"{where}: {len(problems)} problems\n  " + "\n  ".join(problems))
+
+
+def dump_config(config: Config) -> str:
+    """Every key of ``config`` as YAML; loading the text gives an equal config."""
+    return config_yaml.dump(config.model_dump())
+
+
+def config_name(path_or_packaged_name: str | Path) -> str:
+    """The file's name without folder and ending: what a run directory is named after."""
+    return Path(path_or_packaged_name).stem
+
+
+def packaged_names() -> list[str]:
+    """The configs shipped with portmoe."""
+    return sorted(entry.name for entry in resources.files(PACKAGE).iterdir() if entry.name.endswith(".yaml"))
+
+
+def no_effect_notes(config: Config) -> list[str]:
+    """A line for every key that is set but changes nothing, with the reason."""
+    return [
+        f"{path} = {shorten(value)} has no effect: {why}"
+        for path, value, default, why in _ineffective(config)
+        if value != default
+    ]
+
+
+def is_ineffective(section: type[BaseModel], name: str) -> bool:
+    """Whether this key of a section is accepted and changes nothing."""
+    return _no_effect(section, name) is not None
+
+
+def _ineffective(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from _ineffective(value, f"{prefix}{name}.")
+        elif why := _no_effect(type(section), name):
+            yield f"{prefix}{name}", value, field.default, why
+
+
+def _no_effect(section: type[BaseModel], name: str) -> str | None:
+    extra = section.model_fields[name].json_schema_extra
+    return str(extra["no_effect"]) if isinstance(extra, dict) and "no_effect" in extra else None
+
+
+def read_text(source: str, packaged: bool = True) -> str:
+    """The text of the file at ``source``, else, where ``packaged``, of the packaged config of that name.
+
+    Raises:
+        ConfigError: there is none, or it is no text of a config's size.
+    """
+    try:
+        with _open(source, packaged_names() if packaged else []) as stream:
+            data = stream.read(config_yaml.MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(
+            f"config {shorten(source)}: cannot be read: {error.strerror}; give a readable file"
+        ) from None
+    if len(data) > config_yaml.MAX_BYTES:
+        raise ConfigError(
+            f"{source}: larger than {config_yaml.MAX_BYTES // 1024} KiB, so it is hardly a config; "
+            "give a config"
+        )
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{source}: byte 0x{data[error.start]:02x} at position {error.start} "
+            "is not UTF-8; save the file as UTF-8"
+        ) from None
+
+
+def _open(source: str, packaged: Sequence[str]) -> BinaryIO:
+    """The file at ``source``, else the packaged config of that name."""
+    if "\0" in source:
+        raise ConfigError(f"config {shorten(source)}: a file name cannot contain a NUL character")
+    path = Path(source)
+    if path.is_file():
+        return path.open("rb")
+    for name in (source, f"{source}.yaml"):
+        if name in packaged:
+            return (resources.files(PACKAGE) / name).open("rb")
+    kind = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "not found"
+    allowed = f"a YAML file or a packaged name: {', '.join(packaged)}" if packaged else "a file"
+    raise ConfigError(f"config {shorten(source)}: {kind}; give the path of {allowed}")
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return config_yaml.parse(text)
+    except config_yaml.YamlError as error:
+        raise ConfigError(f"{source}: not a valid config file: {error}") from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Set one key of ``tree``, creating sections on the way."""
+    key, equals, text = override.partition("=")
+    *sections, name = key.strip().split(".")
+    label = f"--set {shorten(override)}"
+    if not equals or not all((*sections, name)):
+        raise ConfigError(f"{label}: must be KEY=VALUE with the key's full path, as in --set moe.top_k=1")
+    for depth, section in enumerate(sections, start=1):
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, Mapping):
+            where = ".".join(sections[:depth])
+            raise ConfigError(
+                f"{label}: {shorten(where)} is {shorten(tree)}, not a section; give the key's full path"
+            )
+    tree[name] = _parse(text, label)

@@ -1,0 +1,1 @@
+"""What a model costs: parameters, FLOPs, memory and their balance over pipeline stages."""

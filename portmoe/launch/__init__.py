@@ -1,0 +1,1 @@
+"""Starting ranks: launchers, processes on one machine, signals, placement, the roll call."""

@@ -1,0 +1,155 @@
+"""What training a config takes, worked out without allocating the model."""
+
+from collections.abc import Iterator
+from itertools import takewhile
+
+import torch
+
+from portmoe.accelerator import Accelerator, get_accelerator
+from portmoe.config import Config
+from portmoe.config.read import no_effect_notes
+from portmoe.costs.flops import benchmark_flops_per_token, model_flops_per_token
+from portmoe.costs.memory import activation_bytes
+from portmoe.costs.parameters import count_parameters
+from portmoe.ops import OPERATIONS, choose
+from portmoe.parallel.layout import Layout, most_ranks
+from portmoe.parallel.stages import describe, in_flight, stages_of
+from portmoe.parallel.workload import workload_of
+from portmoe.planning.memory_check import state_of_rank, weights_dtype
+
+
+def dry_run(config: Config, config_name: str, backend: str, world_size: int) -> str:
+    """Parameters, layout, batch, memory per rank, FLOPs per token and chosen operations, as text.
+
+    Raises:
+        ConfigError: the layout is impossible on ``world_size`` ranks, or ``ops.disable`` names nothing.
+        BackendError: the backend is not usable here, or ``ops.fallback`` is "error" and something is missing.
+    """
+    layout = Layout.plan(config, world_size)
+    accelerator = get_accelerator(backend)
+    notes = [f"note: {note}" for note in no_effect_notes(config)]
+    operations = list(_operations(config, layout, accelerator, notes))
+    rows = [
+        ("config", config_name),
+        ("backend", accelerator.name),
+        *_sizes(config, layout),
+        *_pipeline(config, layout),
+        *_memory(config, layout),
+        *_communication(config, layout),
+        *_flops(config),
+        *operations,
+    ]
+    return "\n".join([*(f"{label:<16} {text}" for label, text in rows), *notes])
+
+
+def _sizes(config: Config, layout: Layout) -> Iterator[tuple[str, str]]:
+    parameters = count_parameters(config)
+    yield "parameters", f"{parameters.total:,} in all, {parameters.active:,} active per token"
+    yield "layout", str(layout)
+    yield (
+        "global batch",
+        f"{layout.global_batch_sequences} sequences = {layout.micro_bsz} data.micro_bsz · {layout.micro_num} "
+        f"micro_num · {layout.data} data-parallel ranks; {layout.tokens_per_step:,} tokens per step",
+    )
+    limit, ranks = config.data.max_global_batch_size, most_ranks(config)
+    if ranks is not None:
+        yield "", f"data.max_global_batch_size {limit} allows at most {ranks} ranks with this micro_num"
+
+
+def _memory(config: Config, layout: Layout) -> Iterator[tuple[str, str]]:
+    state = state_of_rank(config, layout)
+    activations = _activations(config, layout)
+    share = f"1/{layout.zero1} of the" if layout.zero1 > 1 else "all"
+    each = layout.expert * layout.expert_shards
+    if layout.expert > 1 and each != layout.zero1:
+        share += f" dense and 1/{each} of the experts'"
+    yield (
+        "memory per rank",
+        f"weights {_size(state.weights)} ({weights_dtype(config)}) + {_size(state.masters)} "
+        f"({share} float32 masters)",
+    )
+    yield "", f"gradients {_size(state.gradients)} (float32, summed over the micro-batches)"
+    if layout.moments > 1:
+        share = f"1/{layout.zero1 * layout.moments} of the"
+    yield "", f"optimizer {_size(state.optimizer)} ({share} Adam moments, float32)"
+    tokens = layout.tokens_per_micro_batch
+    held = "one micro-batch" if layout.pipeline == 1 else "the micro-batches under way, each"
+    yield "", f"activations {_size(activations)} (estimate for {held} of {tokens} tokens)"
+    yield "", f"together {_size(state.total + activations)}, without communication buffers and workspaces"
+
+
+def _activations(config: Config, layout: Layout) -> int:
+    """Of the rank that holds most: its layers' share for every micro-batch under way, the head's for one."""
+    chunks, tokens = config.model.num_chunks, layout.tokens_per_micro_batch
+    cut = {"tensor_ranks": layout.tensor, "sequence_ranks": layout.sequence}
+    if config.parallel.tensor.mode == "fsp":
+        cut["input_ranks"] = layout.tensor
+    if config.parallel.tensor.mode == "isp":  # all heads of some tokens are as much as some of all
+        tokens, cut = tokens // layout.sequence, {}
+    layers = activation_bytes(config, tokens, head=False, **cut)
+    head = activation_bytes(config, tokens, **cut) - layers
+    held = []
+    for rank in range(layout.pipeline):
+        stages = stages_of(config, rank)
+        share = sum(len(stage.layers) for stage in stages) / config.model.num_layers
+        under_way = in_flight(layout, chunks, rank) / chunks
+        held.append(round(layers * share * under_way) + head * stages[-1].head)
+    return max(held)
+
+
+def _pipeline(config: Config, layout: Layout) -> Iterator[tuple[str, str]]:
+    if layout.pipeline > 1:
+        yield "pipeline", describe(config, layout)
+
+
+def _communication(config: Config, layout: Layout) -> Iterator[tuple[str, str]]:
+    if layout.world == 1:
+        return
+    if config.trainer.engine == "deepspeed":
+        yield "communication", "DeepSpeed's own, not counted"
+        return
+    from portmoe.planning.fake_world import measure  # takes seconds to import
+
+    traffic = measure(config, layout)
+    yield "communication", f"of rank {traffic.rank} in a training step, bytes of the whole buffers:"
+    if traffic.messages is None:
+        yield "", "not counted: how much goes to which expert depends on the data"
+        return
+    for kind, group, calls, size in traffic.messages:
+        yield "", f"{kind} over {group}: {calls:,} call{'s' if calls > 1 else ''}, {_size(size)}"
+
+
+def _flops(config: Config) -> Iterator[tuple[str, str]]:
+    experts = f"{config.moe.top_k} expert{'s' if config.moe.top_k > 1 else ''} per token at the real width"
+    per_token = (
+        ("benchmark", benchmark_flops_per_token(config), "one expert per token, full attention"),
+        ("model", model_flops_per_token(config), f"{experts}, full attention"),
+        ("model, causal", model_flops_per_token(config, causal=True), f"{experts}, half the attention"),
+    )
+    for row, (name, flops, counting) in enumerate(per_token):
+        yield "" if row else "FLOPs per token", f"{name}: {flops / 1e9:.4g} GFLOP ({counting})"
+
+
+def _operations(
+    config: Config, layout: Layout, accelerator: Accelerator, notes: list[str]
+) -> Iterator[tuple[str, str]]:
+    """The choice by the backend's order: measuring would allocate buffers of the model's sizes."""
+    if config.ops.select == "measure":
+        notes.append("note: ops.select is 'measure': training may choose others, by measurement")
+    by_order = config.model_copy(update={"ops": config.ops.model_copy(update={"select": "order"})})
+    workload = workload_of(config, layout, torch.device(accelerator.device.type))
+    table = choose(
+        OPERATIONS,
+        accelerator.ops.implementations(),
+        workload,
+        by_order,
+        log=lambda line: notes.append(f"note: {line}"),
+    )
+    for row, choice in enumerate(table.choices):
+        preferred = takewhile(lambda candidate: not candidate.chosen, choice.candidates)
+        why_not = "".join(f"; not {c.name}: {c.reason}" for c in preferred)
+        yield "" if row else "operations", f"{choice.op}.{choice.chosen}{why_not}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"

@@ -1,0 +1,184 @@
+"""What one step reports: the benchmark's log line, key by key, and what portmoe adds to it.
+
+``StepResult`` is what the trainer measured; ``step_record`` makes the ordered record of it that goes to
+``metrics.jsonl``; ``to_text`` and ``to_json`` print the record.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from portmoe.data import DATA_TYPES
+from portmoe.record.throughput import Speed
+
+if TYPE_CHECKING:  # at run time it would bring torch and the model along
+    from portmoe.training.metrics import StepTotals
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step of the whole world: every number is already reduced over all ranks.
+
+    Attributes:
+        totals: the sums and means over the global batch.
+        step: counted from 0.
+        moe_loss: the auxiliary term as it entered the training loss, times ``loss.moe_loss_coeff``.
+        grad_norms: by parameter group, as ``model.parameters`` names them.
+        layer_grad_norms: by parameter group, then embedding, every layer in order, final norm with head.
+        expert_parallel_size: ranks the experts are spread over; part of the log's name for that group.
+        learning_rate, beta2, loss_scale: as used in this step.
+        skipped_steps: steps skipped for inf or nan gradients since the run began.
+        micro_num: micro-batches per rank.
+        consumed_tokens: of the run so far, this step included, with and without a label.
+        step_seconds: the whole step; forward_backward_seconds and backward_seconds are parts of it.
+        peak_memory: bytes.
+    """
+
+    totals: "StepTotals"
+    step: int
+    moe_loss: float
+    grad_norms: Mapping[str, float]
+    layer_grad_norms: Mapping[str, Sequence[float]]
+    expert_parallel_size: int
+    learning_rate: float
+    beta2: float
+    loss_scale: float
+    skipped_steps: int
+    micro_num: int
+    consumed_tokens: int
+    step_seconds: float
+    forward_backward_seconds: float
+    backward_seconds: float
+    peak_memory: int
+
+
+def step_record(result: StepResult, speed: Speed) -> dict[str, Any]:
+    """The record of one step: the benchmark's keys in its order, then portmoe's.
+
+    ``loss`` is the mean over micro-batches of their means; ``loss_from_metric``, ``acc`` and ``perplexity``
+    weigh every labelled token of the step alike. A data type without a token has accuracy 0 and loss
+    nan, as in the benchmark. ``num_samples_in_batch`` counts the segments of one data-parallel rank;
+    ``largest_length`` is the longest one's tokens, ``largest_batch`` and ``smallest_batch`` are the most
+    and the fewest in one micro-batch.
+
+    ``dropped_token_rate`` is the share of assignments that no expert computed, ``expert_load`` each
+    expert's share of the assignments before drops; both are over all layers, and None and [] for a
+    dense model. ``grad_norm_layers`` has, by parameter group, the norm of the embedding's gradient, of every
+    layer's, and of the final norm's with the head's. Unrounded; times in seconds, ``peak_memory`` in bytes.
+    """
+    totals = result.totals
+    labels, loss_sum = sum(totals.tokens), sum(totals.loss_sums)
+    mean_loss = _mean(loss_sum, labels, math.nan)
+    assigned = sum(totals.assigned)
+    return {
+        "tflops": speed.tflops,
+        "step": result.step,
+        "loss": totals.loss,
+        "real_tgs": speed.real_tgs,
+        "tgs (tokens/gpu/second)": speed.tgs,
+        "tgs/last_tgs_1": speed.tgs,
+        "tgs/tgs_all": speed.tgs_all,
+        "tgs/tgs_avg": speed.tgs_avg,
+        "tgs/tgs_SMA": speed.tgs_sma,
+        "tgs/last_tgs_10": speed.last_tgs_10,
+        "tgs/last_tgs_50": speed.last_tgs_50,
+        "lr": result.learning_rate,
+        "loss_scale": result.loss_scale,
+        "grad_norm": _named_groups(result, result.grad_norms),
+        "moe_loss": result.moe_loss,
+        "micro_num": result.micro_num,
+        "num_consumed_tokens": result.consumed_tokens,
+        "inf_nan_skip_batches": result.skipped_steps,
+        "num_samples_in_batch": totals.segments,
+        "largest_length": totals.largest_length,
+        "largest_batch": totals.largest_batch,
+        "smallest_batch": totals.smallest_batch,
+        "adam_beta2": result.beta2,
+        "fwd_bwd_time": result.forward_backward_seconds,
+        "bwd_time": result.backward_seconds,
+        "acc": _mean(sum(totals.correct), labels, 0.0),
+        "perplexity": perplexity(mean_loss),
+        **_per_type("acc", totals.correct, totals.tokens, 0.0),
+        **{f"tokens/{name}": count for name, count in zip(DATA_TYPES, totals.tokens, strict=True)},
+        "loss_from_metric": mean_loss,
+        **_per_type("loss", totals.loss_sums, totals.tokens, math.nan),
+        "model_tflops": speed.model_tflops,
+        "mfu": speed.mfu,
+        "dropped_token_rate": 1 - sum(totals.kept) / assigned if assigned else None,
+        "expert_load": [count / assigned for count in totals.assigned] if assigned else [],
+        "grad_norm_layers": _named_groups(result, result.layer_grad_norms),
+        "step_time": result.step_seconds,
+        "peak_memory": result.peak_memory,
+    }
+
+
+def to_text(record: Mapping[str, Any]) -> str:
+    """``key=value key=value …``: losses and the like in full precision, rates and times rounded.
+
+    What is too long for a line is in ``metrics.jsonl`` only.
+    """
+    shown = ((key, value) for key, value in record.items() if key not in _TOO_LONG)
+    return " ".join(f"{key}={_value_text(key, value)}" for key, value in shown)
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+    """One line of strict JSON: nan and infinities, which JSON does not have, become null."""
+    return json.dumps(_strict(record), allow_nan=False, ensure_ascii=False)
+
+
+def perplexity(mean_loss: float) -> float:
+    """exp(mean loss); inf where that is beyond a float."""
+    try:
+        return math.exp(mean_loss)
+    except OverflowError:
+        return math.inf
+
+
+def _named_groups(result: StepResult, by_group: Mapping[str, Any]) -> dict[str, Any]:
+    """With the benchmark's names for the groups."""
+    names = {
+        "default": "0_default",
+        "fp32": "1_fp32",
+        "experts": f"2_moe_ep_size_{result.expert_parallel_size}",
+    }
+    return {names[group]: value for group, value in by_group.items()}
+
+
+def _per_type(key: str, sums: Sequence[float], counts: Sequence[int], empty: float) -> dict[str, float]:
+    return {
+        f"{key}/{name}": _mean(value, count, empty)
+        for name, value, count in zip(DATA_TYPES, sums, counts, strict=True)
+    }
+
+
+def _mean(value: float, count: int, empty: float) -> float:
+    return value / count if count else empty
+
+
+# Keys that are compared between runs keep every digit.
+_EXACT = {"loss", "moe_loss", "lr", "loss_scale", "adam_beta2", "grad_norm"}
+_TOO_LONG = {"grad_norm_layers"}
+
+
+def _value_text(key: str, value: Any) -> str:
+    if value is None:
+        return "nan"
+    if isinstance(value, list):
+        return "[" + ",".join(f"{item:.4f}" for item in value) + "]"
+    if not isinstance(value, float) or key in _EXACT:
+        return str(value)
+    if "tgs" in key:
+        return f"{value:.2f}"
+    return str(float(f"{value:.5g}"))
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_strict(item) for item in value]
+    return value

@@ -1,0 +1,279 @@
+"""Where a run lives: choosing the directory, holding it, and the files written once.
+
+A run directory holds ``config.yaml`` (resolved), ``environment.json``, ``ops.json``,
+``metrics.jsonl``, ``train.log`` and ``checkpoints/``; ``status.json`` says whether the run is
+finished, and ``.lock`` is held by rank 0 for as long as the run lives.
+"""
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from pydantic import BaseModel
+
+from portmoe.checkpoint.store import complete_steps
+from portmoe.config import Config
+from portmoe.config.read import dump_config, load_config
+from portmoe.errors import ConfigError, PortmoeError, TrainingError
+
+RUNS = Path("runs")
+CONFIG, METRICS, STATUS, LOCK = "config.yaml", "metrics.jsonl", "status.json", ".lock"
+
+# Keys that leave a run the same run: where it lives, how it is laid out, computed, watched and saved,
+# and how long it lasts. Everything else belongs to the numbers, and a run keeps its own.
+_SAME_RUN = (
+    "JOB_NAME",
+    "run.directory",
+    "run.collective_timeout",
+    "ckpt",
+    "data.micro_num",
+    "data.global_batch_size",
+    "data.max_global_batch_size",
+    "data.valid_micro_num",
+    "data.valid_every",
+    "data.total_steps",
+    "data.valid_folder",
+    "lr_scheduler.total_steps",
+    "model.checkpoint",
+    "model.num_chunks",
+    "model.use_flash_attn",
+    "moe.enable_token_rearrange_opt",
+    "moe.use_tutel",
+    "parallel",
+    "ops",
+    "trainer",
+    "cudnn_deterministic",
+    "monitor",
+)
+
+
+@dataclass
+class RunDirectory:
+    """One run's directory. Every rank has the paths; rank 0 writes and holds the lock."""
+
+    path: Path
+    checkpoints: Path
+    resuming: bool  # it holds checkpoints of this run, and ckpt.auto_resume is on
+    _lock: IO[bytes] | None = None
+
+    @classmethod
+    def open(
+        cls, config: Config, config_name: str, rank: int, broadcast: Callable[[Any], Any]
+    ) -> "RunDirectory":
+        """Choose and hold the directory; rank 0 looks, all ranks get the outcome.
+
+        ``run.directory`` is taken if given, and continued if it holds this run. Without it the
+        directory is the first of ``runs/<config_name>``, ``…-2``, ``…-3`` that is free or holds an
+        unfinished, unlocked run of the same config to continue.
+
+        Args:
+            broadcast: takes any picklable object and returns rank 0's on every rank.
+
+        Raises:
+            ConfigError: the directory given is in use, is not a writable directory, or holds a run
+                of another config.
+        """
+        mine: RunDirectory | None = None
+        outcome: tuple[Path, Path, bool] | PortmoeError | None = None
+        if rank == 0:
+            try:
+                mine = _choose(config, config_name)
+                outcome = mine.path, mine.checkpoints, mine.resuming
+            except PortmoeError as error:
+                outcome = error
+            except OSError as error:
+                outcome = _unusable(Path(config.run.directory or RUNS), error)
+        outcome = broadcast(outcome)
+        if isinstance(outcome, PortmoeError):
+            raise outcome
+        return mine or cls(*outcome)
+
+    def write(self, name: str, text: str) -> None:
+        """Write one file of the directory whole; on ranks other than 0 do nothing."""
+        if self._lock is None:
+            return
+        _write_whole(self.path / name, text)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """As ``write``, of an object."""
+        self.write(name, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+
+    def finish(self) -> None:
+        """Note that the run has made all its steps."""
+        self.write_json(STATUS, {"state": "finished"})
+
+    def close(self) -> None:
+        """Let another run have the directory."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def _choose(config: Config, config_name: str) -> RunDirectory:
+    if config.run.directory is not None:
+        path = _given_path("run.directory", config.run.directory)
+        lock = _hold(path)
+        if lock is None:
+            raise ConfigError(
+                f"run.directory={str(path)!r} is in use by another run; wait for it or choose another one"
+            )
+        try:
+            return _enter(path, lock, config)
+        except BaseException:
+            lock.close()
+            raise
+    stem = re.sub(r"[^\w.\-]+", "_", config_name) or "run"
+    number = 0
+    while True:
+        number += 1
+        path = RUNS / (stem if number == 1 else f"{stem}-{number}")
+        if os.path.lexists(path) and not path.is_dir():
+            continue
+        lock = _hold(path)
+        if lock is None:
+            continue
+        if _is_free(path, config):
+            return _enter(path, lock, config)
+        lock.close()
+
+
+def _given_path(key: str, given: str) -> Path:
+    try:
+        path = Path(given).expanduser()
+    except RuntimeError as error:  # ~name of no user
+        raise ConfigError(f"{key}={given!r}: {error}; give the path of a directory") from None
+    if os.path.exists(path) and not path.is_dir():
+        raise ConfigError(f"{key}={given!r} is not a directory; give the path of one, existing or not")
+    return path
+
+
+def _hold(path: Path) -> IO[bytes] | None:
+    """Create the directory and lock it; None if another process holds it. The lock ends with its holder."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / LOCK, "ab")  # noqa: SIM115 (kept open: closing it releases the lock)
+    except (OSError, ValueError) as error:
+        raise _unusable(path, error) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    except OSError as error:
+        lock.close()
+        raise _unusable(path, error) from error
+    return lock
+
+
+def _is_free(path: Path, config: Config) -> bool:
+    """Nothing would be lost: no run has made a step here, or an unfinished one of this config goes on."""
+    if not _has_history(path):
+        return True
+    former = _former_config(path)
+    return (
+        former is not None
+        and first_difference(former, config) is None
+        and not _finished(path)
+        and config.ckpt.auto_resume
+        and bool(complete_steps(_checkpoints(path, config)))
+    )
+
+
+def _enter(path: Path, lock: IO[bytes], config: Config) -> RunDirectory:
+    checkpoints = _checkpoints(path, config)
+    saved = bool(complete_steps(checkpoints))
+    if saved or _has_history(path):
+        _require_same_run(path, config)
+        _require_same_run(checkpoints, config)
+    if saved and not config.ckpt.auto_resume:
+        raise ConfigError(
+            f"ckpt.auto_resume=false, but {str(checkpoints)!r} holds checkpoints of a former run; set "
+            "ckpt.auto_resume to true to continue it, or choose another run.directory"
+        )
+    run = RunDirectory(path, checkpoints, saved, lock)
+    run.write(CONFIG, dump_config(config))
+    if config.ckpt.enable_save_ckpt and checkpoints.parent != path:  # say whose they are there too
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        _write_whole(checkpoints / CONFIG, dump_config(config))
+    run.write_json(STATUS, {"state": "running"})
+    return run
+
+
+def _require_same_run(path: Path, config: Config) -> None:
+    former = _former_config(path)
+    difference = former and first_difference(former, config)
+    if difference:
+        key, there, here = difference
+        raise ConfigError(
+            f"{str(path)!r} holds a run with {key}={there!r}, and this config has {key}={here!r}; set {key} "
+            f"to {there!r} to continue it, or choose another run.directory (ckpt.save_ckpt_folder)"
+        )
+
+
+def first_difference(former: Config, config: Config) -> tuple[str, Any, Any] | None:
+    """The first key that makes two configs different runs, with both values; None for the same run."""
+    values = dict(_leaves(former))
+    return next(((key, values[key], value) for key, value in _leaves(config) if values[key] != value), None)
+
+
+def _leaves(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, field in type(section).model_fields.items():
+        key, value = f"{prefix}{name}", getattr(section, name)
+        if key in _SAME_RUN or "no_effect" in (field.json_schema_extra or ()):
+            continue
+        if isinstance(value, BaseModel):
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _former_config(path: Path) -> Config | None:
+    """The config of the run that was here; None where it left none that can be read."""
+    try:
+        return load_config(path / CONFIG) if (path / CONFIG).is_file() else None
+    except ConfigError:
+        return None
+
+
+def _checkpoints(path: Path, config: Config) -> Path:
+    folder = config.ckpt.save_ckpt_folder
+    return path / "checkpoints" if folder is None else _given_path("ckpt.save_ckpt_folder", folder)
+
+
+def _has_history(path: Path) -> bool:
+    metrics = path / METRICS
+    return (metrics.is_file() and metrics.stat().st_size > 0) or bool(complete_steps(path / "checkpoints"))
+
+
+def _finished(path: Path) -> bool:
+    try:
+        return json.loads((path / STATUS).read_text(encoding="utf-8")).get("state") == "finished"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Replace a file at once: a reader, or a run killed here, never meets half of it."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise TrainingError(
+            f"{path} cannot be written: {error.strerror}; free space or repair the disk"
+        ) from error
+
+
+def _unusable(path: Path, error: Exception) -> ConfigError:
+    why = getattr(error, "strerror", None) or str(error)
+    return ConfigError(
+        f"run directory {str(path)!r} cannot be used: {why}; choose a writable one with run.directory"
+    )

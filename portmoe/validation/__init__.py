@@ -1,1 +1,0 @@
-"""Showing that a backend computes what the others compute: conformance, a reference run, comparisons."""

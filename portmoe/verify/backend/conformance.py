@@ -1,0 +1,230 @@
+"""Conformance: one implementation of one operation against its contract.
+
+For every dtype four checks, each over all shapes and samples:
+
+* values: outputs and every gradient against float64; integers, booleans, shapes and dtypes exactly;
+  arguments untouched unless the contract writes them.
+* second call: other values of the same shapes, in memory left full of NaN; the first call's results
+  must survive it.
+* rows apart: strided arguments, and an expanded gradient.
+* repeated: the same call twice with deterministic algorithms on and fresh memory filled with NaN by
+  torch: the same bits.
+"""
+
+import math
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils import deterministic
+
+from portmoe.accelerator.probing import describe
+from portmoe.ops.operation import Implementation, Operation, Sample
+from portmoe.ops.table import REFERENCE
+from portmoe.verify.backend.calls import Results, call, copied, identical, named_arguments, poison
+from portmoe.verify.backend.cases import DTYPES, SHAPES, Case, cases, open_questions
+from portmoe.verify.backend.check import Check
+
+# A 16-bit result may be off by some per cent in single numbers, not on the whole: rounding averages out.
+# The allowed error of its scale, in eps of the dtype, where there are this many rows and numbers.
+SCALE_ERROR = 0.5
+SCALE_ROWS = 100
+SCALE_NUMBERS = 256
+
+NAMES = ("values", "second call", "rows apart", "repeated")
+
+
+def check_operation(
+    operation: Operation,
+    offered: Sequence[Implementation],
+    device: torch.device,
+    seed: int,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    shapes: Collection[str] = SHAPES,
+) -> Iterator[Check]:
+    """Check every implementation in ``offered``, and the reference itself on ``device``."""
+    candidates = [*offered, Implementation(operation.name, REFERENCE, operation.reference)]
+    for dtype in dtypes:
+        of_dtype = list(cases(operation, dtype, seed, shapes))
+        if not of_dtype:
+            continue
+        for candidate in candidates:
+            yield from _check(operation, candidate, of_dtype, device)
+
+
+@dataclass
+class Tally:
+    """The worst of one check so far."""
+
+    needed: float = 0.0
+    allowed: float = 0.0
+    where: str = ""
+    wrong: str = ""
+    calls: int = 0
+    seconds: float = 0.0
+
+    def share(self, needed: float, allowed: float, where: str) -> None:
+        if needed > self.needed or not self.where:
+            self.needed, self.allowed, self.where = needed, allowed, where
+
+    def fail(self, what: str) -> None:
+        self.wrong = self.wrong or what
+
+
+def _check(
+    operation: Operation, candidate: Implementation, of_dtype: Sequence[Case], device: torch.device
+) -> Iterator[Check]:
+    subject, dtype = f"{operation.name}.{candidate.name}", str(of_dtype[0].dtype).removeprefix("torch.")
+    tallies = {name: Tally() for name in NAMES}
+    refused: dict[str, str] = {}
+    for case in of_dtype:
+        reason = candidate.supports(replace(case.workload, device=device))
+        if reason is not None:
+            refused[case.label.partition(":")[0]] = reason
+            continue
+        trial = _Trial(operation, candidate.function, case, device)
+        for name, attempt in zip(
+            NAMES, (trial.values, trial.second_call, trial.rows_apart, trial.repeated), strict=True
+        ):
+            tally, began = tallies[name], time.perf_counter()
+            tally.calls += 1
+            try:
+                attempt(tally)
+            except Exception as error:
+                tally.fail(f"{case.label}: raised {describe(error)}")
+            tally.seconds += time.perf_counter() - began
+    for name, tally in tallies.items():
+        yield _verdict(subject, f"{name}, {dtype}", tally, refused)
+
+
+def _verdict(subject: str, name: str, tally: Tally, refused: dict[str, str]) -> Check:
+    if not tally.calls:
+        return Check("operations", subject, name, "skip", "; ".join(sorted(set(refused.values()))))
+    status = "fail" if tally.wrong or tally.needed > 1 else "pass"
+    not_tried = "".join(f"; not tried with {shapes!r}: {why}" for shapes, why in refused.items())
+    detail = (tally.wrong or tally.where) + not_tried
+    needed = tally.needed * tally.allowed
+    return Check("operations", subject, name, status, detail, needed, tally.allowed, tally.seconds)
+
+
+@dataclass
+class _Trial:
+    """One function tried with one case."""
+
+    operation: Operation
+    function: Callable[..., object]
+    case: Case
+    device: torch.device
+    first: Results | None = None
+
+    def values(self, tally: Tally) -> None:
+        self.first = self._call(self.case.sample)
+        self._compare(tally, self.first, self.case.control, self.case.expected)
+
+    def second_call(self, tally: Tally) -> None:
+        if self.first is None:  # the first one raised: that is reported
+            return
+        before = {name: t.clone() for name, t in self.first.outputs.items()}
+        poison(self.first, self.device)
+        case = self.case
+        again = self._call(case.again)
+        for name, kept in before.items():
+            if not identical(kept, self.first.outputs[name]):
+                tally.fail(f"{case.label}: {name} of the first call was overwritten by the second")
+        self._compare(tally, again, case.again_control, case.again_expected, case.again)
+
+    def rows_apart(self, tally: Tally) -> None:
+        sample = copied(self.case.sample, None, self.device, apart=True)
+        found = call(self.operation, self.function, sample, self.case.seed, expanded=True)
+        # One gradient along a whole row: what follows from it is too alike for rounding to average out.
+        self._compare(tally, found, self.case.expanded_control, self.case.expected, scale=False)
+
+    def repeated(self, tally: Tally) -> None:
+        with _deterministic():
+            one, two = (self._call(self.case.sample) for _ in range(2))
+        if not one.same_bits(two):
+            tally.fail(f"{self.case.label}: two calls with the same arguments differ")
+        self._compare(tally, two, self.case.control, self.case.expected)
+
+    def _call(self, sample: object) -> Results:
+        mine = copied(sample, None, self.device)
+        return call(self.operation, self.function, mine, self.case.seed)
+
+    def _compare(
+        self,
+        tally: Tally,
+        found: Results,
+        control: Results,
+        expected: Results,
+        sample: object = None,
+        scale: bool = True,
+    ) -> None:
+        """Record the largest share of the tolerance, and fail what has no tolerance."""
+        case = self.case
+        sample = sample or case.sample
+        exact = dict(expected.compared())
+        values = dict(found.compared())
+        if exact.keys() != values.keys():
+            tally.fail(f"{case.label}: returned {sorted(values)} instead of {sorted(exact)}")
+            return
+        for name, wide in control.compared():
+            value, like = values[name], exact[name]
+            where = f"{case.label}: {name}"
+            if value.dtype != like.dtype or value.shape != like.shape:
+                tally.fail(f"{where} is {form(value)} instead of {form(like)}")
+            elif like.is_floating_point():
+                self._compare_numbers(tally, where, value, wide, scale)
+            elif not self._agree(value, like, name, sample):
+                tally.fail(f"{where} differs from the reference's")
+        for name, kept in found.kept.items():
+            if not identical(kept.cpu(), expected.kept[name]):
+                tally.fail(f"{case.label}: argument {name} was changed")
+
+    def _compare_numbers(
+        self, tally: Tally, where: str, value: torch.Tensor, wide: torch.Tensor, scale: bool
+    ) -> None:
+        tolerance = self.case.tolerance
+        tally.share(tolerance.needed(value, wide), tolerance.rtol, where)
+        eps = torch.finfo(self.case.dtype).eps
+        if scale and self.case.dtype.itemsize == 2 and has_scale(self.operation, self.case.sample, wide):
+            tally.share(scale_error(value, wide) / (SCALE_ERROR * eps), SCALE_ERROR * eps, f"{where}, scale")
+
+    def _agree(self, value: torch.Tensor, like: torch.Tensor, name: str, sample: object) -> bool:
+        open_T = open_questions(self.operation, sample, name)
+        same = value.cpu() == like
+        return bool((same if open_T is None else same | open_T).all())
+
+
+def has_scale(operation: Operation, sample: Sample, wide: torch.Tensor) -> bool:
+    """Whether enough rows and numbers went into a result for its roundings to average out."""
+    first = next(tensor for _, tensor in named_arguments(operation, sample))
+    return first.numel() >= SCALE_ROWS * first.shape[-1] and wide.numel() >= SCALE_NUMBERS
+
+
+def scale_error(value: torch.Tensor, wide: torch.Tensor) -> float:
+    """How far the best factor between value and control is from 1; 0 where the control is zero."""
+    value, wide = value.double().cpu().flatten(), wide.double().flatten()
+    square = torch.dot(wide, wide).item()
+    if square == 0:
+        return 0.0
+    error = abs(torch.dot(value, wide).item() / square - 1)
+    return math.inf if math.isnan(error) else error
+
+
+def form(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Deterministic algorithms where there are any, and NaN in every fresh tensor."""
+    mode, fill = torch.get_deterministic_debug_mode(), deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        deterministic.fill_uninitialized_memory = fill

@@ -1,0 +1,165 @@
+"""A report as terminal table, JSON, JUnit XML and HTML."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from xml.etree import ElementTree
+
+from portmoe.errors import ConfigError
+from portmoe.record import page, svg
+from portmoe.verify.backend.check import PARTS, Check, Report
+
+COLUMNS = ("check", "outcome", "needed", "allowed", "where")
+MOST_DETAIL = 400  # characters of a detail in the table
+
+
+def write(report: Report, directory: Path) -> list[Path]:
+    """Write ``report.json``, ``report.xml`` and ``report.html`` into ``directory``.
+
+    Raises:
+        ConfigError: the directory cannot be created or written.
+    """
+    contents = {
+        "report.json": json.dumps(report.as_dict(), indent=1, ensure_ascii=False, default=str) + "\n",
+        "report.xml": junit(report),
+        "report.html": html(report),
+    }
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, text in contents.items():
+            (directory / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"--out {str(directory)!r} cannot be written: {error.strerror}; give a directory that can"
+        ) from error
+    return [directory / name for name in contents]
+
+
+def table(report: Report, style: Callable[[str, str], str] = lambda status, text: text) -> str:
+    """A line for each subject (operations: and dtype) with its worst figures, and each failure in full.
+
+    Args:
+        style: colours a text by its status.
+    """
+    lines = []
+    for part in PARTS:
+        rows = _rows(report, part)
+        width = max((len(label) for label, _ in rows), default=0)
+        lines += ["", part] if rows else []
+        for label, checks in rows:
+            worst = max(checks, key=_badness)
+            figures = f"needed {_number(worst.needed):>8} of {_number(worst.allowed):>8}"
+            shown = figures if worst.needed is not None and worst.allowed else ""
+            tag = style(worst.status, f"[{worst.status.upper():<4}]")
+            lines.append(f"{tag} {label:<{width}}  {shown}".rstrip())
+            for check in checks:
+                if check.status == "fail" or (check is worst and check.status == "skip"):
+                    lines.append(f"       {check.name}: {check.detail[:MOST_DETAIL]}")
+    lines += ["", summary(report)]
+    return "\n".join(lines).lstrip("\n")
+
+
+def _rows(report: Report, part: str) -> list[tuple[str, list[Check]]]:
+    """The checks of a part by the line of the table they share."""
+    rows: dict[str, list[Check]] = {}
+    for check in report.of(part):
+        kind, _, dtype = check.name.rpartition(", ") if part == "operations" else ("", "", check.name)
+        rows.setdefault(f"{check.subject} {dtype}" if kind else f"{check.subject}: {check.name}", []).append(
+            check
+        )
+    return list(rows.items())
+
+
+def _badness(check: Check) -> tuple[int, float]:
+    """Sorts a failure above a pass above a skip, then by the share of the tolerance."""
+    share = check.needed / check.allowed if check.needed is not None and check.allowed else 0.0
+    return ("skip", "pass", "fail").index(check.status), math.inf if math.isnan(share) else share
+
+
+def summary(report: Report) -> str:
+    """One line: how many checks went which way."""
+    count = {status: sum(c.status == status for c in report.checks) for status in ("pass", "fail", "skip")}
+    return (
+        f"{report.backend} ({report.device}): {count['pass']} checks passed, {count['fail']} failed, "
+        f"{count['skip']} not supported"
+    )
+
+
+def junit(report: Report) -> str:
+    """A test suite per part, as continuous-integration servers read it."""
+    root = ElementTree.Element("testsuites", name=f"portmoe validate {report.backend}")
+    for part in PARTS:
+        checks = list(report.of(part))
+        suite = ElementTree.SubElement(
+            root,
+            "testsuite",
+            name=part,
+            tests=str(len(checks)),
+            failures=str(sum(check.status == "fail" for check in checks)),
+            skipped=str(sum(check.status == "skip" for check in checks)),
+            errors="0",
+            time=f"{sum(check.seconds for check in checks):.3f}",
+        )
+        for check in checks:
+            case = ElementTree.SubElement(
+                suite, "testcase", classname=check.subject, name=check.name, time=f"{check.seconds:.3f}"
+            )
+            if check.status == "fail":
+                ElementTree.SubElement(case, "failure", message=_figures(check)).text = _printable(
+                    check.detail
+                )
+            elif check.status == "skip":
+                ElementTree.SubElement(case, "skipped", message=_printable(check.detail))
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def html(report: Report) -> str:
+    """One page with the tables, the share of every tolerance used, and the training curves."""
+    verdict = "passed" if report.passed else f"{len(report.failed)} checks failed"
+    facts = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    body = [page.paragraph(f"{summary(report)}. {facts}")]
+    if report.failed:
+        body += [page.heading("Failed"), _html_table(report.failed)]
+    body += [svg.bars("share of the allowed tolerance that was needed, values", list(_shares(report)))]
+    for curve in report.curves:
+        body.append(svg.lines(curve.label, [("recorded", curve.reference), (report.backend, curve.measured)]))
+    for part in PARTS:
+        checks = list(report.of(part))
+        if checks:
+            body += [page.heading(part), _html_table(checks)]
+    return page.page(f"portmoe validate: {report.backend}", verdict, report.passed, body)
+
+
+def _shares(report: Report) -> Iterator[tuple[str, float, bool]]:
+    for check in report.of("operations"):
+        if check.name.startswith("values") and check.needed is not None and check.allowed:
+            share = check.needed / check.allowed
+            yield _label(check), math.inf if math.isnan(share) else share, check.status == "pass"
+
+
+def _html_table(checks: list[Check]) -> str:
+    rows = [
+        (c.status, (_label(c), c.status, _number(c.needed), _number(c.allowed), c.detail[:MOST_DETAIL]))
+        for c in checks
+    ]
+    return page.table(COLUMNS, rows)
+
+
+def _label(check: Check) -> str:
+    return f"{check.subject}: {check.name}"
+
+
+def _figures(check: Check) -> str:
+    if check.needed is None:
+        return "failed"
+    return f"needed {_number(check.needed)}, allowed {_number(check.allowed)}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"
+
+
+def _printable(text: str) -> str:
+    """Without the control characters XML cannot hold."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)

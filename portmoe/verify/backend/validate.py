@@ -1,0 +1,70 @@
+"""Everything ``portmoe validate`` checks, in order."""
+
+import importlib.metadata
+from collections.abc import Callable, Sequence
+
+import torch
+
+from portmoe.accelerator import Accelerator, get_accelerator
+from portmoe.accelerator.interface import set_unset
+from portmoe.accelerator.probing import describe
+from portmoe.ops import OPERATIONS
+from portmoe.ops.operation import Operation
+from portmoe.verify.backend.check import Check, Report
+from portmoe.verify.backend.collectives import check_collectives
+from portmoe.verify.backend.conformance import check_operation
+from portmoe.verify.backend.pool import check_memory
+from portmoe.verify.runs.training_run import check_training
+
+
+def validate(backend: str, seed: int, timeout: float, progress: Callable[[str], None]) -> Report:
+    """Check operations, collectives, memory and a training run of the backend called ``backend``.
+
+    Args:
+        seed: the samples depend on it.
+        timeout: seconds the collectives, and then the training run, may take.
+        progress: is told what comes next.
+
+    Raises:
+        ConfigError: no backend has this name.
+        BackendError: it cannot be used on this machine.
+    """
+    accelerator = get_accelerator(backend)
+    set_unset(accelerator.device.deterministic_environment())
+    device = accelerator.open(0)
+    report = Report(
+        accelerator.name, accelerator.device.name(), {"torch": importlib.metadata.version("torch")}
+    )
+    report.checks += check_operations(accelerator, device, seed, progress)
+    progress("memory")
+    report.checks += check_memory(accelerator, device)
+    progress("collectives")
+    report.checks += check_collectives(accelerator.name, accelerator, timeout)
+    progress("training run")
+    checks, report.curves = check_training(accelerator.name, timeout)
+    report.checks += checks
+    return report
+
+
+def check_operations(
+    accelerator: Accelerator, device: torch.device, seed: int, progress: Callable[[str], None]
+) -> list[Check]:
+    """Conformance of every operation and every implementation the backend offers."""
+    offered = accelerator.ops.implementations()
+    checks: list[Check] = [
+        Check("operations", f"{i.op}.{i.name}", "known", "fail", f"{i.op!r} is no operation")
+        for i in offered
+        if i.op not in OPERATIONS
+    ]
+    for name, operation in OPERATIONS.items():
+        progress(name)
+        mine = [i for i in offered if i.op == name]
+        checks += _checked(operation, mine, device, seed)
+    return checks
+
+
+def _checked(operation: Operation, mine: Sequence, device: torch.device, seed: int) -> list[Check]:
+    try:
+        return list(check_operation(operation, mine, device, seed))
+    except Exception as error:  # the device itself gave up: the other operations are still worth a try
+        return [Check("operations", operation.name, "can be checked", "fail", describe(error))]

@@ -1,0 +1,138 @@
+"""What the walk found, as text and as JSON."""
+
+import math
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+from portmoe.ops.table import REFERENCE
+from portmoe.verify.bisect.bisect import Bisection, Defect, Phase
+
+PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
+
+
+def text(found: Bisection) -> str:
+    """The walk phase by phase, the whole model, and what to do about it last."""
+    model = found.config.model
+    lines = [
+        f"reference  {found.reference}, plain references",
+        f"backend    {found.backend} ({found.device})",
+        f"step       {model.num_layers} layers, hidden {model.hidden_size}, {model.dtype}, "
+        f"{found.tokens} tokens, seed {found.config.run.seed}",
+        "",
+        *(_phase(found, phase) for phase in PHASES),
+        _whole(found),
+        *(f"note       {note}" for note in (*found.notes, *found.whole.notes)),
+        "",
+        *_verdict(found),
+    ]
+    return "\n".join(lines)
+
+
+def as_dict(found: Bisection) -> dict[str, Any]:
+    """The same as JSON types; infinities, which JSON does not have, as strings."""
+    defects = list(found.defects())
+    document = {
+        "reference": found.reference,
+        "backend": found.backend,
+        "device": found.device,
+        "passed": found.passed,
+        "seed": found.config.run.seed,
+        "dtype": found.config.model.dtype,
+        "tokens": found.tokens,
+        "first": _defect(found, defects[0]) if defects else None,
+        "defects": [_defect(found, defect) for defect in defects],
+        "whole_model": {**asdict(found.whole), "passed": found.whole.passed},
+        "calls": [
+            {
+                "place": judged.place,
+                "operation": judged.operation,
+                "implementation": judged.implementation,
+                "results": [{**asdict(d), "defect": d.defect} for d in judged.deviations],
+            }
+            for judged in found.calls
+        ],
+        "notes": found.notes,
+    }
+    return _json_ready(document)
+
+
+def verdict(found: Bisection) -> str:
+    """One line."""
+    first = next(found.defects(), None)
+    if first is not None:
+        return f"first wrong: {first.judged.place}: {first.judged.subject}, {first.phase}"
+    if found.whole.raised:
+        return "every operation agrees, and the whole model does not run"
+    if found.whole.starts:
+        return f"every operation agrees, and the whole model does not: it starts in {found.whole.starts}"
+    return "every operation and the whole model agree"
+
+
+def _phase(found: Bisection, phase: Phase) -> str:
+    worst = [d for d in (judged.worst(phase) for judged in found.calls) if d is not None]
+    wrong = sum(d.defect for d in worst)
+    share = max((d.badness for d in worst), default=0.0)
+    state = f"{wrong} wrong" if wrong else f"all agree; at most {share:.2f} of what rounding explains"
+    return f"{phase:<10} {len(worst)} calls, {state}"
+
+
+def _whole(found: Bisection) -> str:
+    whole = found.whole
+    if whole.raised:
+        return f"whole      raised {whole.raised}"
+    return (
+        f"whole      deviation of the loss {whole.loss:.1e}, the auxiliary loss {whole.aux_loss:.1e}, a "
+        f"parameter's gradient {whole.gradient:.1e} ({whole.parameter}); allowed {whole.band_forward:.0e}, "
+        f"gradients {whole.band_backward:.0e}"
+    )
+
+
+def _verdict(found: Bisection) -> list[str]:
+    defects = list(found.defects())
+    if not defects:
+        return [verdict(found)]
+    first = defects[0]
+    deviation = first.deviation
+    error = deviation.wrong or (
+        f"error {deviation.error:.1e}; {found.config.model.dtype} explains {deviation.explained:.1e}"
+    )
+    lines = [verdict(found), f"  {deviation.tensor}: {error}"]
+    others = Counter((d.judged.subject, d.phase) for d in defects[1:])
+    lines += [f"  also wrong: {subject}, {phase}: {n} calls" for (subject, phase), n in others.items()]
+    return [*lines, f"  to switch it off: {switch_off(found, first)}"]
+
+
+def switch_off(found: Bisection, defect: Defect) -> str:
+    """The config key that takes the implementation out, or why there is none."""
+    judged = defect.judged
+    if not judged.implementation:
+        return "no key does: it is torch's own product on this device"
+    if judged.implementation == REFERENCE:
+        return "no key does: it is the plain reference, and an operator of torch on this device is wrong"
+    instead = found.replacements[judged.subject]
+    if instead is None:
+        return "no key does: nothing else computes this operation here"
+    return f"ops.disable: [{judged.subject}] ({judged.operation}.{instead} computes the same function then)"
+
+
+def _defect(found: Bisection, defect: Defect) -> dict[str, Any]:
+    return {
+        "phase": defect.phase,
+        "place": defect.judged.place,
+        "operation": defect.judged.operation,
+        "implementation": defect.judged.implementation,
+        "tensor": defect.deviation.tensor,
+        "error": defect.deviation.error,
+        "explained": defect.deviation.explained,
+        "wrong": defect.deviation.wrong,
+        "switch_off": switch_off(found, defect),
+    }
+
+
+def _json_ready(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _json_ready(item) for key, item in value.items()}
+    return [_json_ready(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,138 @@
+"""Recording every operation of a training step: what it was given, what it gave, what came back to it.
+
+Besides the operations of the table these are torch's own products that the model calls between them:
+linear maps and the embedding.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from portmoe.model.linear import Linear
+from portmoe.model.precision import computed
+from portmoe.ops import OPERATIONS, OpTable
+from portmoe.ops.operation import Operation, Sample, rounding
+from portmoe.ops.products import linear
+from portmoe.ops.workload import Workload
+from portmoe.verify.backend.calls import named_outputs
+
+
+def _none(workload: Workload, generator: torch.Generator) -> Sequence[Sample]:
+    return []
+
+
+def _embedding(tokens_T: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
+    return F.embedding(tokens_T, weight_VH)
+
+
+# One product, rounded once; float32 adds up as many terms as the width, the gradients as many as tokens.
+# A row of the embedding's gradient adds those of all its tokens, in any order.
+LINEAR = Operation("linear", linear, _none, rounding(4, sums=16))
+EMBEDDING = Operation("embedding", _embedding, _none, rounding(4, sums=16))
+
+PLAIN = {operation.name: operation for operation in (LINEAR, EMBEDDING)}
+
+
+@dataclass
+class Call:
+    """One call of an operation inside the model.
+
+    Attributes:
+        place: the module that made it, as in "layers.0.attention", or "decoder" itself.
+        sample: its arguments, detached; those that were differentiable require gradients.
+        outputs: the tensors it returned, detached, by name.
+        upstream: the gradients that came back to them; nothing where none did.
+    """
+
+    place: str
+    operation: Operation
+    sample: Sample
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    upstream: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """As in "layers.0.attention: rotary"."""
+        return f"{self.place}: {self.operation.name}"
+
+
+class Recorder:
+    """Puts itself between a model and its operations, and keeps every call in order.
+
+    Args:
+        model: a decoder built with ``table``.
+    """
+
+    def __init__(self, model: nn.Module, table: OpTable) -> None:
+        self.calls: list[Call] = []
+        self._begun: Call | None = None  # a plain operation, while its module computes it
+        for place, module in model.named_modules():
+            if isinstance(getattr(module, "ops", None), OpTable):
+                module.ops = OpTable(
+                    {
+                        name: partial(self._record, place or "decoder", operation, getattr(table, name))
+                        for name, operation in OPERATIONS.items()
+                    },
+                    table.choices,
+                )
+            if type(module) in _PLAIN:
+                module.register_forward_pre_hook(partial(self._before, place), with_kwargs=True)
+                module.register_forward_hook(self._after)
+
+    def _record(
+        self, place: str, operation: Operation, function: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        sample = _kept(Sample(place, args, kwargs))
+        result = function(*args, **kwargs)
+        self._add(Call(place, operation, sample), result)
+        return result
+
+    def _before(self, place: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        operation, *arguments = _PLAIN[type(module)](module, *args, **kwargs)
+        self._begun = Call(place, operation, _kept(Sample(place, tuple(arguments))))
+
+    def _after(self, module: nn.Module, args: tuple, result: Any) -> None:
+        self._add(self._begun, result)
+
+    def _add(self, made: Call, result: Any) -> None:
+        for name, tensor in named_outputs(result).items():
+            made.outputs[name] = tensor.detach()
+            if tensor.requires_grad:
+                tensor.register_hook(partial(made.upstream.__setitem__, name))
+        self.calls.append(made)
+
+
+def _linear_of(module: Linear, x: torch.Tensor) -> tuple:
+    bias = None if module.bias is None else computed(module.bias, x.dtype)
+    return LINEAR, x, computed(module.weight, x.dtype), bias
+
+
+def _embedding_of(module: nn.Embedding, tokens_T: torch.Tensor) -> tuple:
+    return EMBEDDING, tokens_T, module.weight
+
+
+# A module that computes one plain operation: that operation, and its arguments.
+_PLAIN: dict[type, Callable[..., tuple]] = {
+    Linear: _linear_of,
+    nn.Embedding: _embedding_of,
+}
+
+
+def _kept(sample: Sample) -> Sample:
+    """The arguments as they are now, without the graph they hang in. A generator is about to be used up."""
+
+    def keep(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Generator):
+            return leaf.clone_state()
+        if isinstance(leaf, torch.Tensor):
+            return leaf.detach().requires_grad_(leaf.requires_grad)
+        return leaf
+
+    args, kwargs = tree_map(keep, (sample.args, sample.kwargs))
+    return Sample(sample.label, args, kwargs)
