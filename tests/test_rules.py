@@ -225,15 +225,8 @@ def test_rooms_import_only_rooms_below_them(path):
         return
     for module in anywhere(tree_of(path)):
         room = room_of(module)
-        if room is not None and room != own and module not in typing_only(path):
+        if room is not None and room != own:
             assert LEVEL[room] < LEVEL[own], f"{own} imports {module}"
-
-
-def typing_only(path):
-    """Modules imported for annotations alone."""
-    tree = tree_of(path)
-    blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
-    return {module for block in blocks for module in anywhere(block)}
 
 
 @pytest.mark.parametrize("path", NEUTRAL, ids=name_of)

@@ -1,6 +1,7 @@
 """What one step reports: the benchmark's log line, key by key, and what portmoe adds to it.
 
-``StepResult`` is what the trainer measured; ``step_record`` makes the ordered record of it that goes to
+``StepTotals`` is what a step's micro-batches come to over all ranks, ``StepResult`` that with what the
+trainer measured around them; ``step_record`` makes the ordered record of it that goes to
 ``metrics.jsonl``; ``to_text`` and ``to_json`` print the record.
 """
 
@@ -8,13 +9,36 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from portmoe.data import DATA_TYPES
 from portmoe.record.throughput import Speed
 
-if TYPE_CHECKING:  # at run time it would bring torch and the model along
-    from portmoe.training.metrics import StepTotals
+
+@dataclass(frozen=True)
+class StepTotals:
+    """One step's figures over the whole global batch, the same on every rank.
+
+    ``loss`` is the mean over micro-batches of each one's mean over labelled tokens, and ``aux_loss`` the mean
+    over micro-batches of the sum over layers; the per-type lists follow ``DATA_TYPES`` and count labelled
+    tokens; ``assigned`` and ``kept`` count assignments per expert over all layers, before and after drops.
+    ``segments`` is the first data-parallel rank's number, as the benchmark logs it; ``largest_length`` is
+    the longest segment in tokens, ``largest_batch`` and ``smallest_batch`` the most and fewest segments of a
+    micro-batch.
+    """
+
+    loss: float
+    aux_loss: float
+    tokens: list[int]
+    correct: list[int]
+    loss_sums: list[float]
+    assigned: list[int]
+    kept: list[int]
+    segments: int
+    largest_length: int
+    largest_batch: int
+    smallest_batch: int
+    stop_requested: bool
 
 
 @dataclass(frozen=True)
@@ -36,7 +60,7 @@ class StepResult:
         peak_memory: bytes.
     """
 
-    totals: "StepTotals"
+    totals: StepTotals
     step: int
     moe_loss: float
     grad_norms: Mapping[str, float]

@@ -1,7 +1,6 @@
 """What one step measured: summed on the device, brought to the host once, combined over the ranks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -10,32 +9,7 @@ from portmoe.data import DATA_TYPES, Batch
 from portmoe.data.packing import IGNORED
 from portmoe.model.decoder import DecoderOutput, StageOutput
 from portmoe.parallel.layout import Layout
-
-
-@dataclass(frozen=True)
-class StepTotals:
-    """One step's figures over the whole global batch, the same on every rank.
-
-    ``loss`` is the mean over micro-batches of each one's mean over labelled tokens, and ``aux_loss`` the mean
-    over micro-batches of the sum over layers; the per-type lists follow ``DATA_TYPES`` and count labelled
-    tokens; ``assigned`` and ``kept`` count assignments per expert over all layers, before and after drops.
-    ``segments`` is the first data-parallel rank's number, as the benchmark logs it; ``largest_length`` is
-    the longest segment in tokens, ``largest_batch`` and ``smallest_batch`` the most and fewest segments of a
-    micro-batch.
-    """
-
-    loss: float
-    aux_loss: float
-    tokens: list[int]
-    correct: list[int]
-    loss_sums: list[float]
-    assigned: list[int]
-    kept: list[int]
-    segments: int
-    largest_length: int
-    largest_batch: int
-    smallest_batch: int
-    stop_requested: bool
+from portmoe.record.log_line import StepTotals
 
 
 class StepMetrics:

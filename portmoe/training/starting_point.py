@@ -1,6 +1,7 @@
 """Where a run begins: at its own newest checkpoint, at weights the config names, or anew."""
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
@@ -11,7 +12,15 @@ from portmoe.errors import ConfigError
 from portmoe.parallel.layout import Layout
 from portmoe.record.run_directory import RunDirectory
 from portmoe.training.engine import Engine
-from portmoe.training.trainer import Progress
+
+
+@dataclass
+class Progress:
+    """Where a run is: what a checkpoint keeps beside the engine's own state."""
+
+    step: int = 0  # completed steps, passed-over ones included
+    consumed_tokens: int = 0
+    global_batch: int = 0  # sequences per step: what places a step in the data
 
 
 def starting_point(

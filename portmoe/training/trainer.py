@@ -2,72 +2,38 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-import torch.distributed as dist
-
-from portmoe.accelerator import Accelerator
-from portmoe.checkpoint.store import Checkpointer
-from portmoe.config import Config, parse_step_ranges
-from portmoe.data.loader import DataStream
-from portmoe.launch.interrupt import Interrupt
-from portmoe.parallel.layout import Layout
+from portmoe.config import parse_step_ranges
 from portmoe.profiling.profile import StepProfile
 from portmoe.profiling.spans import WAITING, span
-from portmoe.record.log_line import StepResult, perplexity, step_record
+from portmoe.record.log_line import StepResult, StepTotals, perplexity, step_record
 from portmoe.record.throughput import Throughput
-from portmoe.record.writers import Writers
-from portmoe.training.engine import Engine, StepOutcome
-from portmoe.training.metrics import StepTotals
-
-
-@dataclass
-class Progress:
-    """Where a run is: what a checkpoint keeps beside the engine's own state."""
-
-    step: int = 0  # completed steps, passed-over ones included
-    consumed_tokens: int = 0
-    global_batch: int = 0  # sequences per step: what places a step in the data
+from portmoe.training.engine import StepOutcome
+from portmoe.training.session import Session
 
 
 class Trainer:
     """Runs the steps of one run on one rank.
 
     Args:
-        valid: None where ``data.valid_every`` is 0.
-        checkpointer: None where nothing is saved.
-        world: a CPU process group of all ranks.
         profile: of some of the steps, where one is asked for.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        layout: Layout,
-        accelerator: Accelerator,
-        engine: Engine,
-        train: DataStream,
-        valid: DataStream | None,
-        checkpointer: Checkpointer | None,
-        progress: Progress,
-        world: dist.ProcessGroup,
-        profile: StepProfile | None = None,
-    ) -> None:
-        self.progress = progress
-        self._config = config
-        self._layout = layout
-        self._accelerator = accelerator
-        self._engine = engine
-        self._train = train
-        self._valid = valid
-        self._checkpointer = checkpointer
-        self._world = world
+    def __init__(self, session: Session, profile: StepProfile | None = None) -> None:
+        self.progress = session.progress
+        self._session = session
+        self._config = session.config
+        self._engine = session.engine
+        self._accelerator = session.machine.accelerator
+        self._layout = session.machine.layout
         self._profile = profile
-        self._passed_over = parse_step_ranges(config.data.skip_batches)
-        self._saved_at = progress.step if progress.step else None
+        self._checkpointer = session.checkpointer if self._config.ckpt.enable_save_ckpt else None
+        self._passed_over = parse_step_ranges(self._config.data.skip_batches)
+        self._saved_at = self.progress.step if self.progress.step else None
 
-    def fit(self, writers: Writers, throughput: Throughput, interrupt: Interrupt) -> bool:
+    def fit(self, throughput: Throughput) -> bool:
         """Train until ``data.total_steps`` or until a rank is asked to stop; True if the run is complete.
 
         Either way the last thing done is a checkpoint, where checkpoints are enabled.
@@ -80,9 +46,9 @@ class Trainer:
                 continue
             if self._profile:
                 self._profile.before_step()
-            stop = self._one_step(step, writers, throughput, interrupt)
+            stop = self._one_step(step, throughput)
             if self._profile and (table := self._profile.after_step()):
-                writers.note(table)
+                self._session.writers.note(table)
             if self._checkpointer and self.progress.step % self._config.ckpt.checkpoint_every == 0:
                 self._save()
             if stop:
@@ -93,22 +59,23 @@ class Trainer:
             self._checkpointer.wait()
         return self.progress.step >= total
 
-    def _one_step(self, step: int, writers: Writers, throughput: Throughput, interrupt: Interrupt) -> bool:
+    def _one_step(self, step: int, throughput: Throughput) -> bool:
         """One training step and its record; True if some rank was asked to stop."""
         began = time.perf_counter()
         self._accelerator.memory.reset_peak()
         with span(WAITING):
-            batches = self._train.batches(step)
+            batches = self._session.train.batches(step)
         outcome = self._engine.train_step(step, batches)
         with span(WAITING):
-            totals = outcome.metrics.reduce(interrupt.requested, self._world, self._layout)
+            stop = self._session.interrupt.requested
+            totals = outcome.metrics.reduce(stop, self._session.world, self._layout)
             self._accelerator.device.synchronize()
         seconds = time.perf_counter() - began
         self.progress.step += 1
         self.progress.consumed_tokens += self._layout.tokens_per_step
         speed = throughput.update(self._layout.tokens_per_step, sum(totals.tokens), seconds)
         record = step_record(self._result(step, outcome, totals, seconds), speed)
-        writers.step(record, self._validate(step))
+        self._session.writers.step(record, self._validate(step))
         return totals.stop_requested
 
     def _result(self, step: int, outcome: StepOutcome, totals: StepTotals, seconds: float) -> StepResult:
@@ -133,10 +100,10 @@ class Trainer:
 
     def _validate(self, step: int) -> Mapping[str, float] | None:
         """The figures of a validation after ``step``, where one is due."""
-        if self._valid is None or (step + 1) % self._config.data.valid_every:
+        if self._session.valid is None or (step + 1) % self._config.data.valid_every:
             return None
-        metrics = self._engine.evaluate(self._valid.batches(0))
-        totals = metrics.reduce(False, self._world, self._layout)
+        metrics = self._engine.evaluate(self._session.valid.batches(0))
+        totals = metrics.reduce(False, self._session.world, self._layout)
         labels = max(sum(totals.tokens), 1)
         return {
             "valid_loss": totals.loss,

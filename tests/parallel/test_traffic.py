@@ -26,7 +26,7 @@ import portmoe
 from portmoe.parallel.layout import Layout
 from portmoe.planning.fake_world import measure
 from portmoe.planning.traffic import Counted
-from portmoe.training import run as training_run
+from portmoe.training import session
 from portmoe.training.engine import NativeEngine
 
 FSDP, BF16 = "parallel.zero1.fsdp=true", "model.dtype=bfloat16"
@@ -65,7 +65,7 @@ LAYOUTS = {
 def communicated(directory, *overrides) -> list[tuple[str, str, int, int]]:
     """What this rank communicates in its last step: (kind, group, calls, bytes)."""
     built, steps = [], []
-    original, build = NativeEngine.train_step, training_run.build_meshes
+    original, build = NativeEngine.train_step, session.build_meshes
 
     def build_meshes(*args):
         built.append(build(*args))
@@ -77,11 +77,11 @@ def communicated(directory, *overrides) -> list[tuple[str, str, int, int]]:
         steps.append(list(counted.traffic.rows(built[0])))
         return outcome
 
-    NativeEngine.train_step, training_run.build_meshes = train_step, build_meshes
+    NativeEngine.train_step, session.build_meshes = train_step, build_meshes
     try:
         train(directory, *overrides, "data.total_steps=2")
     finally:
-        NativeEngine.train_step, training_run.build_meshes = original, build
+        NativeEngine.train_step, session.build_meshes = original, build
     return steps[-1]
 
 

@@ -1,0 +1,215 @@
+"""What one rank of a run holds, opened from the device upwards and closed the other way round."""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from portmoe.accelerator import Accelerator, get_accelerator
+from portmoe.checkpoint.store import Checkpointer
+from portmoe.config import Config
+from portmoe.config.read import no_effect_notes
+from portmoe.data import DataStream, check_data, open_data
+from portmoe.errors import TrainingError
+from portmoe.launch import launch
+from portmoe.launch.interrupt import Interrupt
+from portmoe.launch.ranks import Ranks, detect
+from portmoe.launch.roll_call import RollCall
+from portmoe.ops import OpTable
+from portmoe.parallel.layout import Layout
+from portmoe.parallel.mesh import build_meshes
+from portmoe.parallel.stages import describe
+from portmoe.planning.memory_check import require_memory
+from portmoe.profiling.spans import marked_operations
+from portmoe.record import provenance
+from portmoe.record.run_directory import RunDirectory
+from portmoe.record.writers import Writers
+from portmoe.training.engine import Engine
+from portmoe.training.engines import build_engine
+from portmoe.training.operations import choose_operations
+from portmoe.training.starting_point import Progress, starting_point
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a rank runs and its place among the others.
+
+    Attributes:
+        device: this rank's, current in this process.
+    """
+
+    accelerator: Accelerator
+    ranks: Ranks
+    layout: Layout
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Session:
+    """One rank's part of a run, ready for its next step.
+
+    Attributes:
+        config_name: what the config is called in what the run shows of itself.
+        world: a CPU process group of all ranks, for metrics.
+        progress: where the run stands; the trainer moves it on.
+        valid: None where ``data.valid_every`` is 0.
+        interrupt: whether this rank was asked to stop.
+        notes: what the person at the terminal is to know before the first step.
+    """
+
+    config: Config
+    config_name: str
+    machine: Machine
+    run: RunDirectory
+    ops: OpTable
+    world: dist.ProcessGroup
+    engine: Engine
+    checkpointer: Checkpointer
+    progress: Progress
+    writers: Writers
+    train: DataStream
+    valid: DataStream | None
+    interrupt: Interrupt
+    notes: tuple[str, ...]
+
+
+@contextmanager
+def open_session(
+    config: Config, config_name: str, backend: str, launcher: str, profile: bool = False
+) -> Iterator[Session]:
+    """Open the device, meet the other ranks and build what the run needs; closes it all on exit. Collective.
+
+    What the device or another rank does to this one inside the block becomes a ``TrainingError``.
+
+    Args:
+        profile: operations are marked for one.
+
+    Raises:
+        PortmoeError: the config asks for what these ranks, the device, the data, the run directory or a
+            checkpoint cannot give.
+    """
+    ranks = detect(launcher)
+    layout = Layout.plan(config, ranks.world_size)
+    check_data(config, layout.data, layout.micro_num)
+    accelerator = get_accelerator(backend)
+    accelerator.device.set_deterministic(config.cudnn_deterministic)
+    accelerator.memory.keep_freed()
+    if config.model.dtype == "tf32":
+        torch.set_float32_matmul_precision("high")
+    with ExitStack() as stack, _explained(ranks) as roll_calls:
+        device = launch.start(accelerator, ranks, config.run.collective_timeout)
+        stack.callback(launch.stop)
+        if ranks.world_size > 1 and launch.PARENT not in os.environ:
+            roll_calls.append(RollCall(ranks))
+            stack.callback(roll_calls[0].close)
+        require_memory(config, layout, accelerator, ranks)
+        yield _opened(config, config_name, Machine(accelerator, ranks, layout, device), profile, stack)
+        for roll_call in roll_calls:
+            roll_call.close()
+            dist.barrier()  # until all have: rank 0 may hold the store
+
+
+def _opened(config: Config, config_name: str, machine: Machine, profile: bool, stack: ExitStack) -> Session:
+    """The session on a device that is open; what must be closed goes on ``stack``."""
+    accelerator, ranks, layout, device = machine.accelerator, machine.ranks, machine.layout, machine.device
+    accelerator.device.seed(config.run.seed)
+    run = RunDirectory.open(config, config_name, ranks.rank, _broadcast)
+    stack.callback(run.close)
+    interrupt = stack.enter_context(Interrupt())
+    notes = no_effect_notes(config)
+    if layout.pipeline > 1:
+        notes.append(f"pipeline: {describe(config, layout)}")
+    ops = choose_operations(config, layout, accelerator, device, ranks.rank, _broadcast, notes.append)
+    if profile:
+        ops = marked_operations(ops)
+    # Metrics and background writes each get a group of their own, so that their collectives never mix.
+    world, writing = accelerator.collectives.host_group(), accelerator.collectives.host_group()
+    meshes = build_meshes(layout, device.type)
+    engine = build_engine(config, layout, ops, meshes, device, world, accelerator.memory.pool)
+    checkpointer = Checkpointer(run.checkpoints, config.ckpt.keep, config.ckpt.async_upload, writing)
+    stack.callback(checkpointer.close)
+    progress = starting_point(run, config, layout, engine, checkpointer, writing, notes.append)
+    run.write_json("environment.json", provenance.describe(accelerator, layout.world))
+    run.write_json("ops.json", ops.record())
+    writers = Writers(
+        run.path,
+        config.data.total_steps,
+        sys.stdout.isatty(),
+        config.monitor.tensorboard.queue_max_length,
+        first_step=progress.step,
+        enabled=ranks.rank == 0,
+    )
+    stack.callback(writers.close)
+    splits = ("train", "valid") if config.data.valid_every else ("train",)
+    streams = {
+        split: stack.enter_context(
+            open_data(
+                config, rank=meshes.data_rank, size=layout.data, micro_num=layout.micro_num, split=split
+            )
+        )
+        for split in splits
+    }
+    return Session(
+        config=config,
+        config_name=config_name,
+        machine=machine,
+        run=run,
+        ops=ops,
+        world=world,
+        engine=engine,
+        checkpointer=checkpointer,
+        progress=progress,
+        writers=writers,
+        train=streams["train"],
+        valid=streams.get("valid"),
+        interrupt=interrupt,
+        notes=tuple(notes),
+    )
+
+
+def _broadcast(value: Any) -> Any:
+    """Rank 0's ``value``, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@contextmanager
+def _explained(ranks: Ranks) -> Iterator[list[RollCall]]:
+    """Turn what the device or another rank can do to this one into an error of ours.
+
+    It yields a list for the roll call, which there is only once the ranks have met.
+    """
+    roll_calls: list[RollCall] = []
+    try:
+        yield roll_calls
+    except RuntimeError as error:
+        # The CPU's allocator raises no class of its own.
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            raise TrainingError(
+                f"rank {ranks.rank} ({ranks.host}) ran out of memory: {_first_line(error)}; lower "
+                "data.micro_bsz and raise data.micro_num by the same factor, set model.checkpoint to true, "
+                "or use more ranks"
+            ) from error
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise TrainingError(
+                f"rank {ranks.rank} ({ranks.host}) lost {_lost(roll_calls)}: {_first_line(error)}; see there "
+                "what happened. The run resumes from its newest checkpoint"
+            ) from error
+        raise
+
+
+def _lost(roll_calls: Iterable[RollCall]) -> str:
+    """Which ranks are gone, where that is known."""
+    gone = [rank for roll_call in roll_calls for rank in roll_call.gone()]
+    named = ", ".join(map(str, gone[:16])) + (f" and {len(gone) - 16} more" if len(gone) > 16 else "")
+    return f"rank{'s' if len(gone) > 1 else ''} {named}" if gone else "another rank"
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
