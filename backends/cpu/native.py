@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from portmoe.backends.cpu.probe import CPUINFO
+from portmoe.cache import cache_folder
 from portmoe.ops.workload import Workload
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # the types there are kernels for
@@ -60,13 +61,16 @@ def kernels() -> ctypes.CDLL | str:
     if compiler is None:
         return "there is no C compiler: install gcc, or name one in CC"
     try:
-        library = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
+        path = _path(compiler)
+        if path.exists():
+            try:
+                return _loaded(path)
+            except (OSError, AttributeError):  # cut short by a crash of the machine: made anew
+                path.unlink()
+        _compile(compiler, path)
+        return _loaded(path)
+    except Exception as error:  # whatever it is, torch's own operators compute the same
         return f"the kernels could not be compiled and loaded: {_short(error)}"
-    for name, arguments in ARGUMENTS.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
-    return library
 
 
 def require() -> ctypes.CDLL:
@@ -104,22 +108,33 @@ def supports(workload: Workload) -> str | None:
     return library if isinstance(library, str) else None
 
 
-def _compiled(compiler: str) -> Path:
+def _path(compiler: str) -> Path:
     """The library's file. What it was made of, and for which processor, is in its name."""
-    sources = sorted(FOLDER.glob("*.[ch]"))
-    made_of = (*(file.read_text(encoding="utf-8") for file in sources), *FLAGS)
-    made_of += (compiler, str(os.stat(compiler).st_mtime))
-    key = hashlib.sha256("\0".join((*made_of, _instructions())).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "portmoe"
-    library = folder / f"kernels-{key}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            fresh = Path(scratch) / library.name
-            units = [str(file) for file in sources if file.suffix == ".c"]
-            command = [compiler, *FLAGS, *units, "-lm", "-o", str(fresh)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT)
-            fresh.replace(library)  # in one move: several ranks may compile at once
+    made_of = (*(file.read_text(encoding="utf-8") for file in _sources()), *FLAGS)
+    made_of += (compiler, str(os.stat(compiler).st_mtime), _instructions())
+    key = hashlib.sha256("\0".join(made_of).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return cache_folder() / f"kernels-{key}.so"
+
+
+def _sources() -> list[Path]:
+    return sorted(FOLDER.glob("*.[ch]"))
+
+
+def _compile(compiler: str, library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        fresh = Path(scratch) / library.name
+        units = [str(file) for file in _sources() if file.suffix == ".c"]
+        command = [compiler, *FLAGS, *units, "-lm", "-o", str(fresh)]
+        subprocess.run(command, check=True, capture_output=True, errors="replace", timeout=TIMEOUT)
+        fresh.replace(library)  # in one move: several ranks may compile at once
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    for name, arguments in ARGUMENTS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
     return library
 
 

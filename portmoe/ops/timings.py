@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from portmoe.cache import cache_folder
 from portmoe.ops.measure import seconds_per_call
 from portmoe.ops.operation import Implementation, Operation
 from portmoe.ops.workload import Workload
@@ -21,10 +22,12 @@ from portmoe.ops.workload import Workload
 Log = Callable[[str], None]
 
 
-def cache_file() -> Path:
-    """Where timings are kept: in the user's cache directory, by the XDG base directory specification."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "portmoe" / "timings.json"
+def cache_file() -> Path | None:
+    """Where timings are kept; None where this user has no cache directory."""
+    try:
+        return cache_folder() / "timings.json"
+    except OSError:
+        return None
 
 
 class Timings:
@@ -45,13 +48,16 @@ class Timings:
         self._changed = False
 
     @classmethod
-    def load(cls, device: str, path: Path, log: Log) -> "Timings":
+    def load(cls, device: str, path: Path | None, log: Log) -> "Timings":
         """Those in ``path``. A file that cannot be read as timings is told to ``log`` and passed over."""
+        if path is None:
+            log("timings are measured anew in every run: there is no home directory to keep them in")
+            return cls(device)
         try:
             known = _checked(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             known = {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             log(f"the timings in {path} cannot be used and are measured again: {error}")
             known = {}
         return cls(device, known, path)
@@ -75,7 +81,7 @@ class Timings:
             ) as file:
                 json.dump(self.known, file, indent=1)
             os.replace(file.name, self._path)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name that cannot be written
             log(f"the measured timings were not kept: {error}")
 
     def _case(self, operation: str, workload: Workload) -> str:

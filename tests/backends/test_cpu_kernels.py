@@ -1,5 +1,8 @@
 """The compiled kernels between the experts' products against float64, and what happens without a compiler."""
 
+import _ctypes
+from pathlib import Path
+
 import pytest
 import torch
 from agreement import workload
@@ -93,6 +96,49 @@ def test_the_library_is_compiled_once(fresh_kernels):
 def test_without_a_compiler_the_reason_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", str(tmp_path / "no-compiler"))
     assert all("no C compiler" in i.supports(workload()) for i in compiled_expert_ffn.ALL)
+
+
+@pytest.fixture
+def _homeless(monkeypatch):
+    """No HOME and no entry in the password database, as in a container started under any user id."""
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    native.kernels.cache_clear()
+    yield
+    native.kernels.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.usefixtures("_homeless")
+@pytest.mark.parametrize("variables", [{}, {"HOME": "relative"}, {"XDG_CACHE_HOME": "relative"}])
+def test_without_a_home_directory_the_reason_is_told(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert all("set XDG_CACHE_HOME or HOME" in i.supports(workload()) for i in compiled_expert_ffn.ALL)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("fresh_kernels")
+@pytest.mark.parametrize("trouble", [RuntimeError, ValueError, KeyError, OSError, UnicodeError])
+def test_whatever_a_cache_raises_is_a_reason(monkeypatch, trouble):
+    def raises(*_):
+        raise trouble("trouble")
+
+    monkeypatch.setattr(native, "_compile", raises)
+    assert all("trouble" in i.supports(workload()) for i in compiled_expert_ffn.ALL)
+
+
+@needs_compiler
+@pytest.mark.parametrize("content", [b"", b"no library", None])
+def test_a_broken_library_is_made_anew(fresh_kernels, content):
+    """None: another library, without these functions."""
+    assert not isinstance(native.kernels(), str)
+    (library,) = (fresh_kernels / "portmoe").iterdir()
+    library.unlink()  # the file may be mapped into this process
+    library.write_bytes(Path(_ctypes.__file__).read_bytes() if content is None else content)
+    native.kernels.cache_clear()
+    assert not isinstance(native.kernels(), str)
 
 
 @needs_compiler

@@ -124,6 +124,16 @@ def test_the_file_lies_in_the_users_cache(tmp_path, monkeypatch):
     assert cache_file() == tmp_path / "home" / ".cache" / "portmoe" / "timings.json"
 
 
+def test_without_a_home_directory_nothing_is_kept(monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    assert cache_file() is None
+    _, log, record = run(cache_file())
+    assert record["chosen"] in {"a", "b", "reference"}
+    assert "no home directory" in log[0]
+
+
 def test_a_slow_call_is_not_repeated_for_long(monkeypatch):
     monkeypatch.setattr(measure, "BUDGET", 0.0)
     function = Counting()
