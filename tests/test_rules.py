@@ -206,7 +206,7 @@ LEVEL = {
     "verify": 8,
     "cli": 9,
 }
-BELOW_ALL = ("portmoe.config", "portmoe.errors", "portmoe.configs")
+BELOW_ALL = ("portmoe.config", "portmoe.families", "portmoe.errors", "portmoe.configs")
 
 
 def room_of(module):

@@ -3,71 +3,71 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from portmoe.families import registry
+
 if TYPE_CHECKING:
     from portmoe.config import Config
+    from portmoe.families.architecture import Architecture
 
 
 def contradictions(config: "Config") -> Iterator[str]:
     """One message per contradiction, naming the keys, their values and what to change."""
-    yield from _of_the_model(config)
-    yield from _of_the_parallel_sizes(config)
+    yield from registry.families()[config.model_type].contradictions(config)
+    yield from _of_the_model(config, config.architecture)
+    yield from _of_the_parallel_sizes(config, config.architecture)
     yield from _of_the_engine(config)
 
 
-def _of_the_model(config: "Config") -> Iterator[str]:
-    model, moe = config.model, config.moe
-    if model.num_experts > 1 and moe.top_k > model.num_experts:
-        yield (
-            f"moe.top_k={moe.top_k} must be at most model.num_experts={model.num_experts}; "
-            "change one of the two"
-        )
-    if moe.noisy_gate_policy and model.moe_type != "GShard":
-        yield (
-            f"moe.noisy_gate_policy={moe.noisy_gate_policy!r} acts with model.moe_type='GShard' only, "
-            f"and model.moe_type={model.moe_type!r}; set moe.noisy_gate_policy to null"
-        )
+def _of_the_model(config: "Config", model: "Architecture") -> Iterator[str]:
+    keys = model.keys
+    for experts in dict.fromkeys(model.expert_layers):
+        if experts.gate.top_k > experts.count:
+            yield (
+                f"{keys['top_k']}={experts.gate.top_k} must be at most {keys['experts']}={experts.count}; "
+                "change one of the two"
+            )
     if config.adam.lr < config.lr_scheduler.eta_min:
         yield (
             f"lr_scheduler.eta_min={config.lr_scheduler.eta_min:g} must be at most "
             f"adam.lr={config.adam.lr:g}; change one of the two"
         )
     token = config.data.largest_token()
-    if token is not None and token >= model.vocab_size:
+    if token is not None and token >= model.vocabulary:
         yield (
-            f"model.vocab_size={model.vocab_size} is too small: with data.seq_len={config.data.seq_len} "
-            f"the dummy data holds tokens up to {token}; set model.vocab_size to {token + 1} or more"
+            f"{keys['vocabulary']}={model.vocabulary} is too small: with data.seq_len={config.data.seq_len} "
+            f"the dummy data holds tokens up to {token}; set {keys['vocabulary']} to {token + 1} or more"
         )
 
 
-def _of_the_parallel_sizes(config: "Config") -> Iterator[str]:
+def _of_the_parallel_sizes(config: "Config", model: "Architecture") -> Iterator[str]:
     """Sizes that contradict each other for any number of ranks."""
-    model, parallel = config.model, config.parallel
-    tensor, pipeline, experts = parallel.tensor.size, parallel.pipeline.size, parallel.expert.size
-    if model.num_attention_heads % tensor:
-        yield (
-            f"model.num_attention_heads={model.num_attention_heads} must be a multiple of "
-            f"parallel.tensor.size={tensor}; change one of the two"
-        )
+    keys, parallel, chunks = model.keys, config.parallel, config.model.num_chunks
+    tensor, pipeline, spread = parallel.tensor.size, parallel.pipeline.size, parallel.expert.size
+    heads = {keys[name]: size for name, size in model.heads.items()}
+    for key, number in heads.items():
+        if number % tensor:
+            yield f"{key}={number} must be a multiple of parallel.tensor.size={tensor}; change one of the two"
     if parallel.tensor.mode != "mtp" and config.data.micro_bsz * config.data.seq_len % tensor:
         yield (
             f"data.micro_bsz={config.data.micro_bsz} · data.seq_len={config.data.seq_len} must be a multiple "
             f"of parallel.tensor.size={tensor}, which splits the sequence; change one of the three"
         )
-    if model.num_chunks > 1 and pipeline == 1:
+    if chunks > 1 and pipeline == 1:
         yield (
-            f"model.num_chunks={model.num_chunks} needs parallel.pipeline.size of 2 or more, and it is "
+            f"model.num_chunks={chunks} needs parallel.pipeline.size of 2 or more, and it is "
             "1; set model.num_chunks to 1"
         )
-    if model.num_layers < pipeline * model.num_chunks:
+    if len(model.layers) < pipeline * chunks:
         yield (
-            f"model.num_layers={model.num_layers} is fewer than the stages, parallel.pipeline.size="
-            f"{pipeline} · model.num_chunks={model.num_chunks}; change one of the three"
+            f"{keys['layers']}={len(model.layers)} is fewer than the stages, parallel.pipeline.size="
+            f"{pipeline} · model.num_chunks={chunks}; change one of the three"
         )
-    if experts is not None and model.num_experts % experts:
-        yield (
-            f"model.num_experts={model.num_experts} must be a multiple of "
-            f"parallel.expert.size={experts}; change one of the two"
-        )
+    for count in sorted({experts.count for experts in model.expert_layers} or {1}):
+        if spread is not None and count % spread:
+            yield (
+                f"{keys['experts']}={count} must be a multiple of "
+                f"parallel.expert.size={spread}; change one of the two"
+            )
 
 
 def _of_the_engine(config: "Config") -> Iterator[str]:

@@ -9,7 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from portmoe.config.schema import LARGEST, LARGEST_FLOAT, LARGEST_SIZE, Config
+from portmoe.config.schema import Config
+from portmoe.config.section import LARGEST, LARGEST_FLOAT, LARGEST_SIZE, ModelSection
+from portmoe.families import registry
 
 _POWERS = {LARGEST: "2^40", LARGEST_SIZE: "2^24", LARGEST_FLOAT: "2^127"}  # bounds as one writes them
 
@@ -28,13 +30,15 @@ def shorten(value: Any) -> str:
     return _repr.repr(value)
 
 
-def sections(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    """Every section as (dotted path, its type), the top level first with path ""."""
-    yield prefix, model
-    for name, field in model.model_fields.items():
-        inner = _section_of(field.annotation)
+def sections(
+    model_type: str = registry.DEFAULT, section: type[BaseModel] = Config, prefix: str = ""
+) -> Iterator[tuple[str, type[BaseModel]]]:
+    """Every section for ``model_type`` as (dotted path, its type), the top level first with path ""."""
+    yield prefix, section
+    for name, field in section.model_fields.items():
+        inner = _section_of(field.annotation, model_type)
         if inner is not None:
-            yield from sections(inner, f"{prefix}.{name}".lstrip("."))
+            yield from sections(model_type, inner, f"{prefix}.{name}".lstrip("."))
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,12 @@ def describe(error: ValidationError, tree: Mapping[str, Any]) -> list[str]:
 def violations(error: ValidationError, tree: Mapping[str, Any]) -> list[Violation]:
     """Every offending key of ``tree`` once, in the order found."""
     found: dict[str, Violation] = {}
+    model_type = tree.get("model_type", registry.DEFAULT)
     for item in error.errors(include_url=False):
-        path, section, key = _resolve(item["loc"])
+        path, section, key = _resolve(item["loc"], model_type)
         if item["type"] == "extra_forbidden":
             where = ".".join(map(str, item["loc"][:-1]))
-            reason = f"unknown key; {_nearest(where, str(key))}"
+            reason = f"unknown key; {_nearest(where, str(key), model_type)}"
             found.setdefault(path, Violation(path, f"{path:.120}: {reason}", reason))
         elif item["type"] == "value_error":
             for reason in str(item["ctx"]["error"]).splitlines():
@@ -76,15 +81,18 @@ def violations(error: ValidationError, tree: Mapping[str, Any]) -> list[Violatio
     return list(found.values())
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section type in ``annotation``, also where it is optional."""
+def _section_of(annotation: Any, model_type: str) -> type[BaseModel] | None:
+    """The section type in ``annotation``, also where it is optional; of the model, the family's."""
     for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if candidate is ModelSection:
+            family = registry.families().get(model_type)
+            return family.section if family else ModelSection
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
     return None
 
 
-def _resolve(loc: tuple[int | str, ...]) -> tuple[str, type[BaseModel], str | None]:
+def _resolve(loc: tuple[int | str, ...], model_type: str) -> tuple[str, type[BaseModel], str | None]:
     """The dotted path in ``loc``, the innermost section on it, and the key there (None: the section itself).
 
     pydantic appends the tried member of a union and the index in a list; neither is a key.
@@ -95,7 +103,7 @@ def _resolve(loc: tuple[int | str, ...]) -> tuple[str, type[BaseModel], str | No
         path.append(str(part))
         if part not in section.model_fields:
             return ".".join(path), section, str(part)
-        inner = _section_of(section.model_fields[part].annotation)
+        inner = _section_of(section.model_fields[part].annotation, model_type)
         if inner is None:
             return ".".join(path), section, str(part)
         section = inner
@@ -108,9 +116,9 @@ def _value_at(tree: Any, path: tuple[int | str, ...]) -> Any:
     return tree
 
 
-def _nearest(section_path: str, key: str) -> str:
+def _nearest(section_path: str, key: str, model_type: str) -> str:
     """Where an unknown key of a section was probably meant to go."""
-    known = {where: list(section.model_fields) for where, section in sections()}
+    known = {where: list(section.model_fields) for where, section in sections(model_type)}
     here = known[section_path]
     elsewhere = [f"{where}.{key}".lstrip(".") for where, names in known.items() if key in names]
     if elsewhere:

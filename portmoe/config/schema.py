@@ -1,7 +1,7 @@
 """The typed config: the benchmark's sections and key names, plus the few keys portmoe adds.
 
 Every section is strict: unknown keys and wrong types are refused. Reading files and turning
-violations into messages is ``config_file``'s work; sizes that depend on the number of ranks are
+violations into messages is ``read``'s work; sizes that depend on the number of ranks are
 ``parallel.layout``'s. This module imports neither torch nor numpy, so that a config mistake is
 reported at once.
 
@@ -11,35 +11,36 @@ another value is accepted and reported at start as having no effect.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializeAsAny,
+    ValidationInfo,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from portmoe.config.checks import contradictions
-
-LARGEST = 2**40  # no count or step in a config is anywhere near it
-LARGEST_SIZE = 2**24  # of one dimension: the product of two still fits 64 bits
-LARGEST_FLOAT = 2.0**127  # what float32 holds
-
-Count = Annotated[int, Field(ge=0, le=LARGEST)]
-Positive = Annotated[int, Field(ge=1, le=LARGEST)]
-Size = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
-Factor = Annotated[float, Field(ge=0.0, le=1024.0)]
-Above0 = Annotated[float, Field(gt=0.0, le=LARGEST_FLOAT)]
-NonNegative = Annotated[float, Field(ge=0.0, le=LARGEST_FLOAT)]
-Layers = Annotated[int, Field(ge=1, le=4096)]
-Experts = Annotated[int, Field(ge=1, le=65536)]
-Path = Annotated[str, Field(min_length=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-def no_effect(default: Any, why: str) -> Any:
-    """A key kept for compatibility; ``why`` is shown when its value is not the default."""
-    return Field(default, json_schema_extra={"no_effect": why})
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys refused, no silent conversion of types."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+from portmoe.config.section import (
+    LARGEST,
+    LARGEST_SIZE,
+    Above0,
+    Count,
+    Experts,
+    Factor,
+    Fraction,
+    ModelSection,
+    NonNegative,
+    Path,
+    Positive,
+    Section,
+    Size,
+    no_effect,
+)
+from portmoe.families import registry
+from portmoe.families.architecture import Architecture
 
 
 class RunConfig(Section):
@@ -54,7 +55,7 @@ class LoadCheckpointConfig(Section):
     """Weights to start from, taken from a portmoe checkpoint folder."""
 
     path: Path | None = None
-    content: list[Literal["model", "sampler", "optimizer", "scheduler", "all"]] = ["model"]
+    content: list[Literal["model", "sampler", "optimizer", "scheduler", "all"]] = Field(["model"])
     ckpt_type: Literal["portmoe"] = "portmoe"
 
 
@@ -198,79 +199,6 @@ class Beta2SchedulerConfig(Section):
     cur_iter: Literal[-1] = -1
 
 
-class ModelConfig(Section):
-    """The decoder."""
-
-    checkpoint: bool | Fraction = False  # share of the layers whose activations are recomputed
-    num_chunks: Layers = 1
-    num_attention_heads: Size = 32
-    vocab_size: Size = 103168
-    hidden_size: Size = 4096
-    num_layers: Layers = 32
-    mlp_ratio: Annotated[float, Field(gt=0, le=1024.0)] = 4 / 3
-    multiple_of: Size = 256  # the feed-forward width is rounded up to a multiple of it
-    num_experts: Experts = 4  # 1: every layer is dense
-    first_k_dense_replace: Count = 0  # the first k layers are dense
-    moe_type: Literal["GShard", "MegaBlock", "MegaBlock-D"] = "GShard"
-    moe_use_residual: bool = False
-    dtype: Literal["float32", "tf32", "bfloat16", "float16"] = "bfloat16"
-    norm_type: Literal["rmsnorm"] = "rmsnorm"
-    layer_norm_epsilon: Above0 = 1e-5
-    rope_base: Above0 = 10000.0
-    qk_interleaved: bool = False
-    use_flash_attn: bool = True
-    embed_grad_scale: NonNegative = 1.0
-    apply_post_layer_norm: Literal[False] = False
-    embed_split_hidden: bool = no_effect(True, "the embedding is split by vocabulary")
-    parallel_output: bool = no_effect(True, "logits are never gathered")
-
-    @field_validator("dtype", mode="before")
-    @classmethod
-    def _dtype_alias(cls, value: Any) -> Any:
-        """Take torch's spelling (``torch.bfloat16``, ``torch.half``) as well as the bare name."""
-        if isinstance(value, str):
-            value = value.removeprefix("torch.")
-            value = {"half": "float16", "float": "float32"}.get(value, value)
-        return value
-
-    @model_validator(mode="after")
-    def _sizes_agree(self) -> "ModelConfig":
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"model.hidden_size={self.hidden_size} must be a multiple of "
-                f"model.num_attention_heads={self.num_attention_heads}; change one of the two"
-            )
-        if self.head_dim % 2:
-            raise ValueError(
-                f"model.hidden_size={self.hidden_size} / model.num_attention_heads="
-                f"{self.num_attention_heads} = {self.head_dim} must be even for the rotary embedding; "
-                "change one of the two"
-            )
-        if self.first_k_dense_replace > self.num_layers:
-            raise ValueError(
-                f"model.first_k_dense_replace={self.first_k_dense_replace} must be at most "
-                f"model.num_layers={self.num_layers}; change one of the two"
-            )
-        return self
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def ffn_width(self) -> int:
-        """F: int(hidden · mlp_ratio) rounded up to a multiple of ``multiple_of``."""
-        return -(-int(self.hidden_size * self.mlp_ratio) // self.multiple_of) * self.multiple_of
-
-    @property
-    def checkpointed_layers(self) -> int:
-        """How many of the layers recompute their activations in the backward pass."""
-        return round(self.num_layers * float(self.checkpoint))
-
-    def is_moe_layer(self, layer: int) -> bool:
-        return self.num_experts > 1 and layer >= self.first_k_dense_replace
-
-
 class MoeConfig(Section):
     """The router and the expert buffers."""
 
@@ -356,7 +284,7 @@ class OpsConfig(Section):
 
     select: Literal["order", "measure"] = "order"
     fallback: Literal["allow", "warn", "error"] = "warn"
-    disable: list[str] = []  # implementations not to be chosen, as "attention.sdpa"
+    disable: list[str] = Field([])  # implementations not to be chosen, as "attention.sdpa"
 
 
 class DeepSpeedConfig(Section):
@@ -387,11 +315,32 @@ class MonitorConfig(Section):
     tensorboard: TensorboardConfig = TensorboardConfig()
 
 
+def _known_family(model_type: str) -> str:
+    if model_type not in registry.families():
+        raise PydanticCustomError("model_type", "no family")
+    return model_type
+
+
+def _names_of_families(schema: dict[str, Any]) -> None:
+    names = list(registry.families())
+    schema.update({"const": names[0]} if len(names) == 1 else {"enum": names})
+
+
+def _section_of_family(value: Any, validate: Any, info: ValidationInfo) -> Any:
+    """The ``model`` section as the family named by ``model_type`` has it."""
+    family = registry.families().get(info.data.get("model_type"))
+    if family is None:  # model_type is refused already, and the keys are unknown
+        return ModelSection()
+    return value if isinstance(value, family.section) else family.section.model_validate(value)
+
+
 class Config(Section):
     """One training run, everything but the number of ranks and the backend."""
 
     JOB_NAME: str = "portmoe"
-    model_type: Literal["INTERNLM_MoE"] = "INTERNLM_MoE"
+    model_type: Annotated[str, AfterValidator(_known_family), Field(json_schema_extra=_names_of_families)] = (
+        registry.DEFAULT
+    )
     run: RunConfig = RunConfig()
     ckpt: CheckpointConfig = CheckpointConfig()
     data: DataConfig = DataConfig()
@@ -402,7 +351,9 @@ class Config(Section):
     lr_scheduler: LrSchedulerConfig = LrSchedulerConfig()
     beta2_scheduler: Beta2SchedulerConfig = Beta2SchedulerConfig()
     use_fp32_norm: bool = False
-    model: ModelConfig = ModelConfig()
+    model: Annotated[SerializeAsAny[ModelSection], WrapValidator(_section_of_family)] = Field(
+        {}, validate_default=True
+    )
     moe: MoeConfig = MoeConfig()
     parallel: ParallelConfig = ParallelConfig()
     ops: OpsConfig = OpsConfig()
@@ -410,6 +361,16 @@ class Config(Section):
     cudnn_deterministic: bool = False  # true: only deterministic kernels, on every backend
     cudnn_benchmark: bool = no_effect(False, "there are no convolutions to tune")
     monitor: MonitorConfig = MonitorConfig()
+
+    @property
+    def architecture(self) -> Architecture:
+        """What the model is made of."""
+        return registry.families()[self.model_type].architecture(self)
+
+    @property
+    def recomputed_layers(self) -> int:
+        """How many of the layers, the first ones, recompute their activations in the backward pass."""
+        return round(len(self.architecture.layers) * float(self.model.checkpoint))
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":

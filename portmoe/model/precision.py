@@ -8,7 +8,7 @@ at use, which gives the same numbers.
 import torch
 from torch.distributed.tensor import DTensor
 
-from portmoe.config.schema import ModelConfig
+from portmoe.config.section import ModelSection
 
 _DTYPES = {
     "float32": torch.float32,
@@ -18,7 +18,7 @@ _DTYPES = {
 }
 
 
-def compute_dtype(model: ModelConfig) -> torch.dtype:
+def compute_dtype(model: ModelSection) -> torch.dtype:
     """The dtype of activations and of the weights used in products."""
     return _DTYPES[model.dtype]
 

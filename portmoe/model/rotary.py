@@ -2,10 +2,10 @@
 
 import torch
 
-from portmoe.config.schema import ModelConfig
+from portmoe.config.section import ModelSection
 
 
-def rotary_tables(positions_T: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_tables(positions_T: torch.Tensor, model: ModelSection) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine [T,R], float32, of position · base^(−r/R), R = head dimension / 2.
 
     Angles are products of float32 numbers, whatever the model's dtype.

@@ -8,8 +8,9 @@ import pytest
 import torch
 from agreement import workload
 
-from portmoe.config.schema import Config, ModelConfig, MoeConfig, OpsConfig
+from portmoe.config.schema import Config, MoeConfig, OpsConfig
 from portmoe.errors import BackendError, ConfigError
+from portmoe.families.internlm_moe.section import ModelConfig
 from portmoe.ops import OPERATIONS, Implementation, Operation, choose
 from portmoe.ops.operation import Sample, rounding
 

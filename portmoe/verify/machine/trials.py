@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from portmoe.accelerator.interface import PEAK_VARIABLE, Accelerator
 from portmoe.accelerator.preflight import Preflight
-from portmoe.config.schema import Config, DataConfig, ModelConfig
+from portmoe.config import Config
 from portmoe.ops import OPERATIONS, choose
 from portmoe.ops.table import Choice
 from portmoe.parallel.layout import Layout
@@ -19,9 +19,11 @@ from portmoe.parallel.workload import workload_of
 from portmoe.verify.machine.finding import Finding, Level
 
 # A model small enough to choose for at once; everything else as by default.
-SMALL = Config(
-    data=DataConfig(seq_len=32, micro_bsz=2),
-    model=ModelConfig(hidden_size=64, num_attention_heads=4, multiple_of=128, vocab_size=256),
+SMALL = Config.model_validate(
+    {
+        "data": {"seq_len": 32, "micro_bsz": 2},
+        "model": {"hidden_size": 64, "num_attention_heads": 4, "multiple_of": 128, "vocab_size": 256},
+    }
 )
 
 # Allowed relative error of a forward and backward against float64: some roundings of each dtype.

@@ -1,0 +1,1 @@
+"""InternLM with experts, as the AIChipBenchmark task llm/InternLM/moe trains it."""

@@ -1,0 +1,56 @@
+"""The families by ``model_type``: each folder here with a ``section`` module is one.
+
+A family's ``section`` has
+
+* ``MODEL_TYPE``: the value of ``model_type`` that names it;
+* ``ModelConfig``: its ``model`` section, a ``ModelSection``;
+* ``architecture(config)``: the ``Architecture`` of a config of that type;
+* ``contradictions(config)``, optional: a message for each contradiction between its keys and other sections'.
+"""
+
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import portmoe.families
+from portmoe.config.section import ModelSection
+
+if TYPE_CHECKING:
+    from portmoe.config import Config
+    from portmoe.families.architecture import Architecture
+
+DEFAULT = "INTERNLM_MoE"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family's entries."""
+
+    model_type: str
+    section: type[ModelSection]
+    architecture: "Callable[[Config], Architecture]"
+    contradictions: "Callable[[Config], Iterator[str]]"
+
+
+@cache
+def families() -> dict[str, Family]:
+    """Every family by its ``model_type``, the default first."""
+    found = {}
+    for folder in pkgutil.iter_modules(portmoe.families.__path__):
+        if folder.ispkg:
+            module = import_module(f"{portmoe.families.__name__}.{folder.name}.section")
+            family = Family(
+                module.MODEL_TYPE,
+                module.ModelConfig,
+                module.architecture,
+                getattr(module, "contradictions", _none),
+            )
+            found[family.model_type] = family
+    return dict(sorted(found.items(), key=lambda item: (item[0] != DEFAULT, item[0])))
+
+
+def _none(config: "Config") -> "Iterator[str]":
+    return iter(())
