@@ -8,10 +8,10 @@ from typing import Any
 
 _HOME = {
     "Batch": "batch",
-    "DATA_TYPES": "packing",
+    "DATA_TYPES": "sources.sample",
     "DataStream": "loader",
-    "DummyDataset": "dummy",
-    "check_data": "source",
+    "DummyDataset": "sources.dummy",
+    "check_data": "packs",
     "open_data": "loader",
 }
 

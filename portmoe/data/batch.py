@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from portmoe.data.packing import Pack
 from portmoe.ops.attention import Segments
+from portmoe.ops.cross_entropy import IGNORED
 
 
 @dataclass(frozen=True, eq=False)
@@ -13,15 +15,17 @@ class Batch:
     """One pack as int64 tensors of shape [T]; attention and positions never cross a segment."""
 
     tokens_T: torch.Tensor
-    labels_T: torch.Tensor  # −100: no label here
+    labels_T: torch.Tensor  # IGNORED: no label here
     positions_T: torch.Tensor  # from 0 in each segment
-    types_T: torch.Tensor  # indices into packing.DATA_TYPES
+    types_T: torch.Tensor  # indices into ``data.DATA_TYPES``
     segments: Segments
     index: int  # number of the micro-batch, counted over all ranks since the run's start
 
     @classmethod
     def from_pack(cls, pack: Pack, index: int) -> "Batch":
-        arrays = (pack.tokens_T, pack.labels_T, pack.positions_T, pack.types_T)
+        """Return the micro-batch that ``pack`` is, on the CPU."""
+        labels_T = np.where(pack.labelled_T, pack.labels_T, IGNORED)
+        arrays = (pack.tokens_T, labels_T, pack.positions_T, pack.types_T)
         return cls(*map(torch.from_numpy, arrays), segments=Segments(offsets=pack.offsets), index=index)
 
     @property

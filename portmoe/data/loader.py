@@ -5,8 +5,8 @@ from typing import Any
 
 from portmoe.config import Config
 from portmoe.data.batch import Batch
+from portmoe.data.packs import Split, check_vocabulary, open_packs, split_micro_num
 from portmoe.data.sampler import PackSampler
-from portmoe.data.source import Split, check_vocabulary, open_packs, split_micro_num
 
 
 class DataStream:
@@ -76,6 +76,6 @@ def open_data(config: Config, *, rank: int, size: int, micro_num: int, split: Sp
 
     ``micro_num`` is the rank's number of micro-batches per training step; validation takes
     data.valid_micro_num where that is set, and its packs in order. Raises ``ConfigError`` as
-    ``source.open_packs`` does.
+    ``packs.open_packs`` does.
     """
     return DataStream(config, rank, size, micro_num, split)

@@ -2,30 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-DATA_TYPES = ("en", "cn", "code")  # a type is its index here
-IGNORED = -100  # a label that counts neither in the loss nor in the metrics
+from portmoe.data.sources.sample import Samples
+
 ORDER_SEED = 1024  # fixed by the benchmark, whatever run.seed is
-
-
-class Samples(Protocol):
-    """What packing needs of a data set."""
-
-    type_id: int  # index into DATA_TYPES
-    lengths: np.ndarray  # int64, tokens per sample, each at least 1
-
-    def __getitem__(self, index: int) -> np.ndarray: ...  # int64 tokens
 
 
 @dataclass(frozen=True)
 class Pack:
-    """The arrays of one micro-batch, int64; segment i is offsets[i] … offsets[i+1]."""
+    """The arrays of one micro-batch; segment i is offsets[i] … offsets[i+1]. int64 but ``labelled_T``, bool.
+
+    ``labels_T`` is meant only where ``labelled_T`` is true.
+    """
 
     tokens_T: np.ndarray
     labels_T: np.ndarray
+    labelled_T: np.ndarray
     positions_T: np.ndarray
     types_T: np.ndarray
     offsets: tuple[int, ...]
@@ -39,8 +33,8 @@ class Packing:
     of one sample inside one pack, or, where that part is longer than ``seq_len``, each piece of
     ``seq_len`` tokens of it. Positions restart at 0 in every segment. A token's label is the next
     token of its sample, also where a piece or the pack ends between the two; the last token of a
-    sample has none. A token ≤ 0 is never a label: a negative token is read as its absolute value
-    and marks what is not to be learned. Source: the benchmark.
+    sample has none, and neither has one before a token that the sample says is not learned. Source: the
+    benchmark.
     """
 
     def __init__(self, samples: Samples, seq_len: int, pack_len: int) -> None:
@@ -65,24 +59,27 @@ class Packing:
         if not 0 <= index < len(self):
             raise IndexError(f"pack {index} of {len(self)}")
         start, stop = index * self._pack_len, (index + 1) * self._pack_len
-        tokens, following, offsets = [], [], [0]
+        tokens, labels, labelled, offsets = [], [], [], [0]
         place = int(np.searchsorted(self._ends, start, side="right"))
         while offsets[-1] < self._pack_len:
-            sample = self._samples[self._order[place]]
-            first = int(self._ends[place]) - len(sample)  # where the sample begins among all tokens
-            begin, end = max(start - first, 0), min(stop - first, len(sample))
-            tokens.append(sample[begin:end])
-            following.append(sample[begin + 1 : end + 1])
-            if end == len(sample):
-                following.append(np.full(1, IGNORED))
+            sample = self._samples.sample(self._order[place])
+            length = len(sample.tokens_T)
+            first = int(self._ends[place]) - length  # where the sample begins among all tokens
+            begin, end = max(start - first, 0), min(stop - first, length)
+            tokens.append(sample.tokens_T[begin:end])
+            labels.append(sample.tokens_T[begin + 1 : end + 1])
+            labelled.append(sample.learned_T[begin + 1 : end + 1])
+            if end == length:
+                labels.append(np.zeros(1, np.int64))
+                labelled.append(np.zeros(1, np.bool_))
             filled = offsets[-1]
             offsets += range(filled + self._seq_len, filled + end - begin, self._seq_len)
             offsets.append(filled + end - begin)
             place += 1
-        following_T = np.concatenate(following)
         return Pack(
-            tokens_T=np.abs(np.concatenate(tokens)),
-            labels_T=np.where(following_T > 0, following_T, IGNORED),
+            tokens_T=np.concatenate(tokens),
+            labels_T=np.concatenate(labels),
+            labelled_T=np.concatenate(labelled),
             positions_T=np.arange(self._pack_len) - np.repeat(offsets[:-1], np.diff(offsets)),
             types_T=np.full(self._pack_len, self._samples.type_id),
             offsets=tuple(offsets),

@@ -14,9 +14,9 @@ from portmoe.accelerator.interface import BufferPool
 from portmoe.config import Config
 from portmoe.costs.parameters import merged, parameter_groups
 from portmoe.data.batch import Batch
-from portmoe.data.packing import IGNORED
 from portmoe.model.decoder import DecoderOutput, StageOutput
 from portmoe.model.init import initialise
+from portmoe.ops.cross_entropy import IGNORED
 from portmoe.ops.table import OpTable
 from portmoe.parallel import tensor, zero
 from portmoe.parallel.build import build

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 
 from portmoe.data import DATA_TYPES, Batch
-from portmoe.data.packing import IGNORED
 from portmoe.model.decoder import DecoderOutput, StageOutput
+from portmoe.ops.cross_entropy import IGNORED
 from portmoe.parallel.layout import Layout
 from portmoe.record.log_line import StepTotals
 

@@ -48,6 +48,14 @@ def test_free_lengths_differ_and_fixed_ones_do_not():
     assert len(set(DummyDataset(100, 2048, fixed_length=False).lengths.tolist())) > 10
 
 
+def test_token_0_is_not_learned():
+    dataset = DummyDataset(20, 64)
+    for index in range(20):
+        sample = dataset.sample(index)
+        assert sample.tokens_T.tolist() == dataset[index].tolist()
+        assert sample.learned_T.tolist() == [token != 0 for token in dataset[index].tolist()]
+
+
 def test_sizes_below_one_are_refused():
     with pytest.raises(ValueError, match="num_samples=0"):
         DummyDataset(0, 8)

@@ -3,29 +3,37 @@
 import numpy as np
 import pytest
 
+from portmoe.data.batch import Batch
 from portmoe.data.packing import Packing, PackSequence
+from portmoe.data.sources.sample import Sample
 
 
 class Listed:
-    """Samples given as lists."""
+    """Samples given as lists of the benchmark's tokens, or of tokens and which are learned."""
 
-    def __init__(self, samples: list[list[int]], type_id: int = 0):
-        self._samples = [np.array(sample) for sample in samples]
+    def __init__(self, samples: list[list[int]], type_id: int = 0, learned: list[list[bool]] | None = None):
+        signed = [np.array(sample) for sample in samples]
+        self._samples = [
+            Sample(tokens_T, np.array(learned[i])) if learned else Sample.from_signed(tokens_T)
+            for i, tokens_T in enumerate(signed)
+        ]
         self.type_id = type_id
         self.lengths = np.array([len(sample) for sample in samples])
         self.asked = []
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def sample(self, index: int) -> Sample:
         self.asked.append(int(index))
         return self._samples[index]
 
 
-def packed(samples: list[list[int]], seq_len: int, pack_len: int, type_id: int = 0) -> list[dict]:
-    packing = Packing(Listed(samples, type_id), seq_len, pack_len)
+def packed(samples: list[list[int]] | Listed, seq_len: int, pack_len: int, type_id: int = 0) -> list[dict]:
+    if not isinstance(samples, Listed):
+        samples = Listed(samples, type_id)
+    packing = Packing(samples, seq_len, pack_len)
     return [
         {
             "tokens": pack.tokens_T.tolist(),
-            "labels": pack.labels_T.tolist(),
+            "labels": Batch.from_pack(pack, 0).labels_T.tolist(),
             "positions": pack.positions_T.tolist(),
             "types": pack.types_T.tolist(),
             "offsets": pack.offsets,
@@ -109,6 +117,16 @@ def test_zero_and_negative_tokens_are_read_but_never_learned():
     assert pack["tokens"] == [5, 0, 7, 8, 9, 3]
     assert pack["labels"] == [-100, -100, 8, -100, 3, -100]
     assert pack["types"] == [2] * 6
+
+
+def test_of_a_source_with_a_mask_zero_is_a_token_like_any_other():
+    """Only the mask decides: 0 is learned where it says so, and 8 is not where it does not."""
+    learned = [[True, True, True, False, True, True]]
+    (pack,) = packed(Listed([[5, 0, 7, 8, 0, 3]], learned=learned), seq_len=6, pack_len=6)
+    assert pack["tokens"] == [5, 0, 7, 8, 0, 3]
+    assert pack["labels"] == [0, 7, -100, 0, 3, -100]
+    first, second = packed(Listed([[5, 0, 7, 8, 0, 3]], learned=learned), seq_len=3, pack_len=3)
+    assert (first["labels"], second["labels"]) == ([0, 7, -100], [0, 3, -100])  # the cut changes none
 
 
 @pytest.mark.parametrize("seed", range(20))

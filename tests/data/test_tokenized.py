@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from portmoe.data.tokenized import TokenizedFile, open_folder
+from portmoe.data.sources.tokenized import TokenizedFile, open_folder
 from portmoe.errors import ConfigError
 
 KEY = "data.train_folder"
@@ -34,6 +34,12 @@ def test_samples_come_back_and_short_ones_are_left_out(tmp_path):
     assert [file[i].tolist() for i in range(len(file))] == [[1, -2, 3], [5, 6], [7, 8, 9, 10]]
     assert file[2].dtype == np.int64
     assert TokenizedFile(path, KEY).lengths.tolist() == [3, 1, 2, 4]  # one without a token never counts
+
+
+def test_tokens_that_are_not_positive_are_not_learned(tmp_path):
+    sample = TokenizedFile(write(tmp_path / "a.bin", [[5, 0, -7, 8]]), KEY).sample(0)
+    assert sample.tokens_T.tolist() == [5, 0, 7, 8]
+    assert sample.learned_T.tolist() == [True, False, False, True]
 
 
 def test_a_last_line_without_a_line_end_is_read(tmp_path):

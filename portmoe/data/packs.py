@@ -6,9 +6,9 @@ Imports numpy but not torch, so that a dry run and the checks of a config stay q
 from typing import Literal
 
 from portmoe.config.schema import LARGEST_SIZE, Config
-from portmoe.data.dummy import DummyDataset
 from portmoe.data.packing import Packing, PackSequence
-from portmoe.data.tokenized import open_folder
+from portmoe.data.sources.dummy import DummyDataset
+from portmoe.data.sources.tokenized import open_folder
 from portmoe.errors import ConfigError
 
 Split = Literal["train", "valid"]

@@ -2,7 +2,8 @@
 
 ``<folder>/**/<name>.bin`` holds one JSON object per line, ``{"tokens": [12, 7, …]}``;
 ``<name>.bin.meta`` is a two-column integer array written by ``numpy.save``, one row
-(byte offset of the line, number of tokens) per line.
+(byte offset of the line, number of tokens) per line. A negative token is read as its absolute value and
+marks, as token 0 does, what is not to be learned.
 """
 
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from portmoe.data.packing import DATA_TYPES
+from portmoe.data.sources.sample import DATA_TYPES, Sample
 from portmoe.errors import ConfigError
 
 
@@ -48,6 +49,10 @@ class TokenizedFile:
         if len(tokens) != length:
             raise self._broken_line(offset, f"has {len(tokens)} tokens, and its .meta says {length}")
         return tokens
+
+    def sample(self, index: int) -> Sample:
+        """Return one sample; a token ≤ 0 is not learned."""
+        return Sample.from_signed(self[index])
 
     @cached_property
     def _lines(self) -> mmap.mmap:

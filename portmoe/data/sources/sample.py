@@ -1,0 +1,37 @@
+"""One sample, and what packing asks of whoever has samples."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+DATA_TYPES = ("en", "cn", "code")  # a type is its index here
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """The tokens of one sample, int64 and not negative, and which of them are learned as labels, bool."""
+
+    tokens_T: np.ndarray
+    learned_T: np.ndarray
+
+    @classmethod
+    def from_signed(cls, signed_T: np.ndarray) -> "Sample":
+        """Read tokens as the benchmark's own data mean them.
+
+        A negative token is read as its absolute value and is not learned, and neither is token 0. Source:
+        the benchmark. A source of another tokenizer, where 0 is a token like any other, says itself which
+        tokens are learned.
+        """
+        return cls(np.abs(signed_T), signed_T > 0)
+
+
+class Samples(Protocol):
+    """What packing needs of a data set."""
+
+    type_id: int  # index into DATA_TYPES
+    lengths: np.ndarray  # int64, tokens per sample, each at least 1
+
+    def sample(self, index: int) -> Sample:
+        """Return one sample, of ``lengths[index]`` tokens."""
+        ...
