@@ -55,8 +55,13 @@ def _rows(workload: Workload, generator: torch.Generator) -> Iterator[tuple[str,
     k = min(workload.top_k, workload.experts)
     shape = (workload.tokens, workload.experts)
     if workload.capacity:
-        for label, factor in (("some dropped", 1.0), ("empty rows", 2.0), ("all dropped", 0.0)):
-            routing = topk_gating(torch.randn(shape, generator=generator), k, factor, 0)
+        capacities = {
+            "some dropped": workload.capacity,
+            "empty rows": 2 * workload.capacity,
+            "all dropped": 0,
+        }
+        for label, capacity in capacities.items():
+            routing = topk_gating(torch.randn(shape, generator=generator), k, 0.0, capacity)
             yield label, routing.static_row_KS.to(workload.device), routing.static_rows
     else:
         for label, bias in (("uneven", 0.0), ("nearly all to one expert", 10.0)):

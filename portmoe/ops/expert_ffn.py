@@ -83,7 +83,9 @@ def static_samples(workload: Workload, generator: torch.Generator) -> Sequence[S
 
 
 def ragged_samples(workload: Workload, generator: torch.Generator) -> Sequence[Sample]:
-    rows, experts = workload.tokens * workload.top_k, workload.experts
+    rows, experts = workload.rows, workload.experts
+    if rows is None:
+        rows = workload.tokens * workload.top_k
     expert_R = torch.randint(experts, (rows,), generator=generator)
     ends_E = torch.bincount(expert_R, minlength=experts).cumsum(0)
     one_sided_E = torch.full((experts,), rows)  # the first expert has every row, the others none

@@ -22,7 +22,7 @@ def swiglu(gate_TF: torch.Tensor, up_TF: torch.Tensor) -> torch.Tensor:
 
 
 def samples(workload: Workload, generator: torch.Generator) -> Sequence[Sample]:
-    shape = (workload.tokens * workload.top_k, workload.ffn_width)
+    shape = (workload.tokens, workload.ffn_width)
     large = (7, workload.ffn_width)
     return [
         Sample("normal", (draw(shape, workload, generator), draw(shape, workload, generator))),

@@ -1,23 +1,24 @@
 """Choosing one implementation per operation, once, and recording why.
 
 Every operation has a contract and a reference in plain torch (its file in this folder). A backend
-offers further implementations of the same function. ``choose`` takes, per operation, the first
-candidate that is asked for, not disabled and supports the workload (``ops.select: order``), or the
-fastest such one (``ops.select: measure``), and writes down for every other candidate why it was
+offers further implementations of the same function. ``choose`` takes, per operation and call site, the
+first candidate that is asked for, not disabled and supports the site's workload (``ops.select: order``),
+or the fastest such one (``ops.select: measure``), and writes down for every other candidate why it was
 not taken. Models call the chosen functions directly: there is no lookup in the hot path.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from portmoe.config import Config
 from portmoe.errors import BackendError, ConfigError
 from portmoe.ops.operation import Implementation, Operation
 from portmoe.ops.timings import Timings
-from portmoe.ops.workload import Workload
+from portmoe.ops.workload import CallSites, Workload
 
 REFERENCE = "reference"
+NOT_CALLED = "is not called in this model"
 
 # The config keys that ask for a kind of implementation, and the operations they speak of.
 REQUESTS = (
@@ -45,35 +46,93 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The outcome for one operation. ``unmet``: what the config asked for and did not get, and why."""
+    """The outcome for one operation at the call sites that give it the same work.
+
+    Attributes:
+        chosen: the implementation's name; None where the model does not call the operation.
+        unmet: what the config asked for and did not get, and why.
+        sites: the call sites; "" is the operation's default site.
+        workload: what the choice was made for.
+    """
 
     op: str
-    chosen: str
+    chosen: str | None
     candidates: tuple[Candidate, ...]
     unmet: tuple[str, ...] = ()
+    sites: tuple[str, ...] = ("",)
+    workload: Workload | None = None
+
+    @property
+    def key(self) -> str:
+        """Its name in ``ops.json``: the operation's, or "operation@site" away from the default site."""
+        return f"{self.op}@{self.sites[0]}" if self.sites and "" not in self.sites else self.op
 
 
 class OpTable:
-    """The chosen functions as attributes (``ops.rms_norm(x_TH, weight_H, eps)``) and the choice's record."""
+    """The chosen functions as attributes (``ops.rms_norm(x_TH, weight_H, eps)``) and the choice's record.
 
-    def __init__(self, functions: Mapping[str, Callable[..., Any]], choices: Sequence[Choice]) -> None:
+    The attributes are those of each operation's default site; ``at`` gives those of another.
+
+    Args:
+        functions: operation → the function of its default site.
+        sites: site → operation → the function there, where one was chosen for that site.
+        site: whose functions the attributes are.
+    """
+
+    def __init__(
+        self,
+        functions: Mapping[str, Callable[..., Any]],
+        choices: Sequence[Choice],
+        sites: Mapping[str, Mapping[str, Callable[..., Any]]] | None = None,
+        site: str = "",
+    ) -> None:
         self.choices = tuple(choices)
-        vars(self).update(functions)
+        self._functions, self._sites, self.site = dict(functions), dict(sites or {}), site
+        vars(self).update(self._functions | dict(self._sites.get(site, {})))
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         # Reached only when the instance has no such attribute; a copy in the making has none at all.
-        known = ", ".join(choice.op for choice in vars(self).get("choices", ()))
+        choices = vars(self).get("choices", ())
+        mine = [choice for choice in choices if choice.op == name]
+        if any(choice.chosen for choice in mine):
+            sites = ", ".join(site for choice in mine for site in choice.sites)
+            raise AttributeError(f"{name!r} has no default site; its sites: {sites}, to be had by at(site)")
+        if mine:
+            raise AttributeError(f"{name!r} {NOT_CALLED}, and no implementation was chosen")
+        known = ", ".join(dict.fromkeys(choice.op for choice in choices))
         raise AttributeError(f"there is no operation {name!r}; operations: {known}")
 
+    def at(self, site: str) -> "OpTable":
+        """The functions chosen for ``site``; of an operation without that site, its default site's."""
+        return OpTable(self._functions, self.choices, self._sites, site)
+
+    def wrapped(self, wrap: Callable[[str, str, Callable[..., Any]], Callable[..., Any]]) -> "OpTable":
+        """The same table with ``wrap(operation, site, function)`` in the place of every function."""
+        return OpTable(
+            {op: wrap(op, "", function) for op, function in self._functions.items()},
+            self.choices,
+            {site: {op: wrap(op, site, f) for op, f in by_op.items()} for site, by_op in self._sites.items()},
+            self.site,
+        )
+
     def record(self) -> dict[str, Any]:
-        """What ``ops.json`` holds, per operation: the choice, each candidate's reason, unmet requests."""
-        return {choice.op: {k: v for k, v in asdict(choice).items() if k != "op"} for choice in self.choices}
+        """What ``ops.json`` holds: ``Choice.key`` → the choice, each candidate's reason, unmet requests."""
+        return {choice.key: _recorded(choice) for choice in self.choices}
+
+
+def _recorded(choice: Choice) -> dict[str, Any]:
+    record = {key: value for key, value in asdict(choice).items() if key != "op"}
+    if choice.workload is not None:
+        work = {field.name: getattr(choice.workload, field.name) for field in fields(choice.workload)}
+        work |= {"device": str(choice.workload.device), "dtype": str(choice.workload.dtype)}
+        record["workload"] = {key: value for key, value in work.items() if value is not None}
+    return record
 
 
 def choose(
     operations: Mapping[str, Operation],
     offered: Sequence[Implementation],
-    workload: Workload,
+    work: Workload | CallSites,
     config: Config,
     log: Callable[[str], None] = lambda line: None,
     timings: Timings | None = None,
@@ -81,6 +140,8 @@ def choose(
     """Choose among ``offered`` and the references; see the module's docstring.
 
     Args:
+        work: what each operation is given at each of its call sites. One ``Workload`` stands for a default
+            site of every operation. An operation that is missing is not called, and gets no implementation.
         log: receives a line for every request that was not met, unless ``ops.fallback`` is "allow",
             and for every implementation that failed while it was timed.
         timings: where ``ops.select: measure`` finds timings and leaves new ones; None: measure all.
@@ -88,18 +149,31 @@ def choose(
     Raises:
         ConfigError: ``ops.disable`` names an implementation that does not exist, or leaves none.
         BackendError: a requested kind of implementation is missing and ``ops.fallback`` is "error".
-        ValueError: an offered implementation is of no known operation, or two share a name.
+        ValueError: an offered implementation is of no known operation, or two share a name; or ``work``
+            names an operation that is not known.
     """
     by_op = _group(operations, offered)
     _check_disabled(config.ops.disable, by_op)
-    timings = timings or Timings(workload.device.type)
-    functions, choices = {}, []
+    sites_of = {name: {"": work} for name in operations} if isinstance(work, Workload) else work
+    if unknown := sites_of.keys() - operations.keys():
+        raise ValueError(f"call sites of {', '.join(sorted(unknown))}, which is no operation")
+    functions: dict[str, Callable[..., Any]] = {}
+    at_sites: dict[str, dict[str, Callable[..., Any]]] = {}
+    choices = []
     for name, operation in operations.items():
-        function, choice = _choose_one(operation, by_op[name], workload, config, log, timings)
-        functions[name] = function
-        choices.append(choice)
-    unmet = _check_requests(choices, by_op, config, log)
-    return OpTable(functions, [replace(choice, unmet=tuple(unmet[choice.op])) for choice in choices])
+        sites_by_work: dict[Workload, list[str]] = {}
+        for site, workload in sites_of.get(name, {}).items():
+            sites_by_work.setdefault(workload, []).append(site)
+        if not sites_by_work:
+            choices.append(_not_called(operation, by_op[name]))
+        for workload, sites in sites_by_work.items():
+            timings = timings or Timings(workload.device.type)
+            function, choice = _choose_one(operation, by_op[name], workload, config, log, timings)
+            choices.append(replace(choice, sites=tuple(sites), workload=workload))
+            for site in sites:
+                (at_sites.setdefault(site, {}) if site else functions)[name] = function
+    choices = [_with_requests(choice, by_op[choice.op], config, log) for choice in choices]
+    return OpTable(functions, choices, at_sites)
 
 
 def _group(
@@ -117,6 +191,12 @@ def _group(
             raise ValueError(f"{implementation.op} has two implementations called {implementation.name!r}")
         by_op[implementation.op].append(implementation)
     return by_op
+
+
+def _not_called(operation: Operation, offered: Sequence[Implementation]) -> Choice:
+    names = [*(i.name for i in offered), REFERENCE]
+    candidates = tuple(Candidate(name, False, False, f"the operation {NOT_CALLED}") for name in names)
+    return Choice(operation.name, None, candidates, sites=())
 
 
 def _choose_one(
@@ -179,32 +259,28 @@ def _check_disabled(disabled: Sequence[str], by_op: Mapping[str, Sequence[Implem
             )
 
 
-def _check_requests(
-    choices: Sequence[Choice],
-    by_op: Mapping[str, Sequence[Implementation]],
-    config: Config,
-    log: Callable[[str], None],
-) -> dict[str, list[str]]:
-    """Report, and return by operation, every config key whose kind of implementation was not taken."""
-    chosen = {choice.op: choice for choice in choices}
-    unmet: dict[str, list[str]] = {op: [] for op in chosen}
+def _with_requests(
+    choice: Choice, offered: Sequence[Implementation], config: Config, log: Callable[[str], None]
+) -> Choice:
+    """``choice`` with every config key whose kind of implementation was not taken, each told to ``log``."""
+    unmet = []
     for key, op in REQUESTS:
-        if op not in chosen or not _setting(config, key):
+        if op != choice.op or choice.chosen is None or not _setting(config, key):
             continue
-        choice = chosen[op]
-        kind = {i.name for i in by_op[op] if i.requested_by == key}
+        kind = {i.name for i in offered if i.requested_by == key}
         if choice.chosen in kind:
             continue
         asked = [c for c in choice.candidates if c.name in kind]
         why = "; ".join(f"{c.name}: {c.reason}" for c in asked) or "this backend offers none"
-        message = f"{key} is not met: {op}.{choice.chosen} computes the same function instead ({why})"
+        where = "" if "" in choice.sites else f" at {', '.join(choice.sites)}"
+        message = f"{key} is not met{where}: {op}.{choice.chosen} computes the same function instead ({why})"
         # One that was usable and lost to another by order or by measurement is not missing.
         if config.ops.fallback == "error" and not any(c.usable for c in asked):
             raise BackendError(f"{message}; set {key} to false, or ops.fallback to 'warn' or 'allow'")
-        unmet[op].append(message)
+        unmet.append(message)
         if config.ops.fallback != "allow":
             log(message)
-    return unmet
+    return replace(choice, unmet=tuple(unmet))
 
 
 def _setting(config: Config, key: str) -> bool:

@@ -145,10 +145,11 @@ def _operations(
         by_order,
         log=lambda line: notes.append(f"note: {line}"),
     )
-    for row, choice in enumerate(table.choices):
+    for row, choice in enumerate(choice for choice in table.choices if choice.chosen):
         preferred = takewhile(lambda candidate: not candidate.chosen, choice.candidates)
         why_not = "".join(f"; not {c.name}: {c.reason}" for c in preferred)
-        yield "" if row else "operations", f"{choice.op}.{choice.chosen}{why_not}"
+        where = "" if choice.key == choice.op else f" at {', '.join(choice.sites)}"
+        yield "" if row else "operations", f"{choice.op}.{choice.chosen}{where}{why_not}"
 
 
 def _size(count: int) -> str:

@@ -46,9 +46,11 @@ def span(part: str) -> record_function:
 
 def marked_operations(ops: OpTable) -> OpTable:
     """``ops`` with the functions of ``OPERATIONS`` marked; the record of the choice is the same."""
-    functions = {choice.op: getattr(ops, choice.op) for choice in ops.choices}
-    functions |= {op: _marked(functions[op], part) for op, part in OPERATIONS.items()}
-    return OpTable(functions, ops.choices)
+
+    def marked(op: str, site: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return _marked(function, OPERATIONS[op]) if op in OPERATIONS else function
+
+    return ops.wrapped(marked)
 
 
 def mark_modules(model: nn.Module) -> None:

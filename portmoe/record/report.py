@@ -29,7 +29,7 @@ class RunFacts:
     first_step: int
     total_steps: int
     directory: Path
-    operations: Mapping[str, str]  # operation → chosen implementation
+    operations: Mapping[str, str]  # operation, or operation@site → chosen implementation
     variables: Mapping[str, str]  # of the environment, that steer the run
     notes: Sequence[str] = ()
 

@@ -88,7 +88,7 @@ def _facts(session: Session, ranks: str) -> RunFacts:
         first_step=session.progress.step,
         total_steps=config.data.total_steps,
         directory=session.run.path,
-        operations={choice.op: choice.chosen for choice in session.ops.choices},
+        operations={choice.key: choice.chosen for choice in session.ops.choices if choice.chosen},
         variables=provenance.variables(machine.accelerator),
         notes=session.notes,
     )

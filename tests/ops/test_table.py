@@ -207,6 +207,77 @@ def test_offers_that_make_no_sense_are_refused():
         pick([Implementation("topk_gating", "reference", fast)])
 
 
+class TestCallSites:
+    """One operation in several places of a model, each with shapes of its own."""
+
+    wide = Implementation("swiglu", "wide", fast, lambda w: None if w.ffn_width > 24 else "too narrow")
+
+    def table(self, sites, **options):
+        operations = {name: operation(name) for name in ("swiglu", "rms_norm")}
+        return choose(operations, [self.wide], {"swiglu": sites}, config(**options))
+
+    def test_each_is_chosen_for_its_own_shapes(self):
+        table = self.table({"": workload(), "shared": workload(ffn_width=99), "dense": workload()})
+        assert table.swiglu is table.at("dense").swiglu is double
+        assert table.at("shared").swiglu is fast
+        assert table.at("elsewhere").swiglu is double  # the default site's
+        assert table.at("shared").at("dense").swiglu is double
+        record = table.at("shared").record()
+        assert record.keys() == {"swiglu", "swiglu@shared", "rms_norm"}
+        assert record["swiglu"]["sites"] == ("", "dense")  # equal shapes: one choice
+        assert record["swiglu"]["workload"]["ffn_width"] == 24
+        assert candidates(record["swiglu"])["wide"] == (False, False, "too narrow")
+        assert record["swiglu@shared"]["chosen"] == "wide"
+        assert record["swiglu@shared"]["workload"]["ffn_width"] == 99
+        json.dumps(record)
+
+    def test_what_is_not_called_gets_nothing_and_says_so(self):
+        table = self.table({"": workload()})
+        assert table.record()["rms_norm"]["chosen"] is None
+        assert {reason for _, _, reason in candidates(table.record()["rms_norm"]).values()} == {
+            "the operation is not called in this model"
+        }
+        with pytest.raises(AttributeError, match="'rms_norm' is not called in this model"):
+            table.rms_norm  # noqa: B018
+
+    def test_an_operation_without_a_default_site(self):
+        table = self.table({"shared": workload(), "dense": workload(ffn_width=99)})
+        assert table.record().keys() == {"swiglu@shared", "swiglu@dense", "rms_norm"}
+        assert table.at("dense").swiglu is fast
+        with pytest.raises(AttributeError, match="'swiglu' has no default site; its sites: shared, dense"):
+            table.swiglu  # noqa: B018
+
+    def test_a_request_is_judged_at_every_site(self):
+        flash = Implementation(
+            "attention",
+            "flash",
+            fast,
+            lambda w: None if w.head_dim < 9 else "too wide",
+            "model.use_flash_attn",
+        )
+        sites, log = {"": workload(), "wide": workload(head_dim=16)}, []
+        operations = {"attention": operation("attention")}
+        table = choose(operations, [flash], {"attention": sites}, config(flash=True), log.append)
+        assert table.attention is fast
+        assert log == [
+            "model.use_flash_attn is not met at wide: attention.reference computes the same function instead "
+            "(flash: too wide)"
+        ]
+        assert table.record()["attention@wide"]["unmet"] == tuple(log)
+        assert choose(operations, [flash], {}, config(flash=True, fallback="error")).choices[0].unmet == ()
+
+    def test_every_function_can_be_wrapped_at_its_site(self):
+        table = self.table({"": workload(), "shared": workload(ffn_width=99)})
+        wrapped = table.at("shared").wrapped(lambda op, site, function: (op, site, function))
+        assert wrapped.swiglu == ("swiglu", "shared", fast)
+        assert wrapped.at("").swiglu == ("swiglu", "", double)
+        assert wrapped.record() == table.record()
+
+    def test_sites_of_no_operation_are_refused(self):
+        with pytest.raises(ValueError, match="call sites of softmax, which is no operation"):
+            choose({}, [], {"softmax": {"": workload()}}, config())
+
+
 def test_the_table_holds_every_operation_and_names_them_when_asked_for_another():
     table = choose(OPERATIONS, [], workload(), config())
     assert table.record().keys() == OPERATIONS.keys()

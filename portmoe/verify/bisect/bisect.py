@@ -184,7 +184,7 @@ def _step(
     if weights is not None:
         model.load_state_dict(weights.state_dict())
     model.train()
-    recorder = Recorder(model, table)
+    recorder = Recorder(model)
     batch = batch.to(device)
     output = model(batch.tokens_T, batch)
     loss = mean_loss(output, batch)
@@ -215,14 +215,14 @@ def _on_backend(made: Call, table: OpTable) -> tuple[Callable, str]:
     name = made.operation.name
     if name in PLAIN:
         return made.operation.reference, ""
-    chosen = {choice.op: choice.chosen for choice in table.choices}
-    return getattr(table, name), chosen[name]
+    chosen = {(choice.op, site): choice.chosen for choice in table.choices for site in choice.sites}
+    return getattr(table.at(made.site), name), chosen.get((name, made.site)) or chosen[name, ""]
 
 
 def _replacements(table: OpTable) -> dict[str, str | None]:
     """ "rms_norm.torch" → the next candidate that can be used; None where the reference itself was chosen."""
     found: dict[str, str | None] = {}
-    for choice in table.choices:
+    for choice in (choice for choice in table.choices if choice.chosen):
         usable = [c.name for c in choice.candidates if c.usable and not c.chosen]
         found[f"{choice.op}.{choice.chosen}"] = usable[0] if usable and choice.chosen != REFERENCE else None
     return found

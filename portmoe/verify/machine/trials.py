@@ -164,7 +164,7 @@ def operations(accelerator: Accelerator, device: torch.device) -> tuple[dict[str
     workload = workload_of(SMALL, Layout.plan(SMALL, 1), device)
     unmet: list[str] = []
     table = choose(OPERATIONS, accelerator.ops.implementations(), workload, SMALL, unmet.append)
-    findings = [Finding("OK", choice.op, _describe(choice)) for choice in table.choices]
+    findings = [Finding("OK", choice.key, _describe(choice)) for choice in table.choices if choice.chosen]
     findings += [Finding("WARN", "operations", line, SAME_FUNCTION) for line in unmet]
     return table.record(), findings
 

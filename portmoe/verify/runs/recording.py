@@ -45,6 +45,7 @@ class Call:
 
     Attributes:
         place: the module that made it, as in "layers.0.attention", or "decoder" itself.
+        site: the call site of the operations in that module.
         sample: its arguments, detached; those that were differentiable require gradients.
         outputs: the tensors it returned, detached, by name.
         upstream: the gradients that came back to them; nothing where none did.
@@ -55,6 +56,7 @@ class Call:
     sample: Sample
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     upstream: dict[str, torch.Tensor] = field(default_factory=dict)
+    site: str = ""
 
     @property
     def name(self) -> str:
@@ -63,35 +65,28 @@ class Call:
 
 
 class Recorder:
-    """Puts itself between a model and its operations, and keeps every call in order.
+    """Puts itself between a model and its operations, and keeps every call in order."""
 
-    Args:
-        model: a decoder built with ``table``.
-    """
-
-    def __init__(self, model: nn.Module, table: OpTable) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.calls: list[Call] = []
         self._begun: Call | None = None  # a plain operation, while its module computes it
         for place, module in model.named_modules():
             if isinstance(getattr(module, "ops", None), OpTable):
-                module.ops = OpTable(
-                    {
-                        name: partial(self._record, place or "decoder", operation, getattr(table, name))
-                        for name, operation in OPERATIONS.items()
-                    },
-                    table.choices,
-                )
+                module.ops = module.ops.wrapped(partial(self._recorded, place or "decoder", module.ops.site))
             if type(module) in _PLAIN:
                 module.register_forward_pre_hook(partial(self._before, place), with_kwargs=True)
                 module.register_forward_hook(self._after)
 
-    def _record(
-        self, place: str, operation: Operation, function: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        sample = _kept(Sample(place, args, kwargs))
-        result = function(*args, **kwargs)
-        self._add(Call(place, operation, sample), result)
-        return result
+    def _recorded(
+        self, place: str, site: str, op: str, chosen_for: str, function: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            sample = _kept(Sample(place, args, kwargs))
+            result = function(*args, **kwargs)
+            self._add(Call(place, OPERATIONS[op], sample, site=site), result)
+            return result
+
+        return call
 
     def _before(self, place: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         operation, *arguments = _PLAIN[type(module)](module, *args, **kwargs)
