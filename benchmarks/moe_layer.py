@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from measuring import DTYPES, Bench, open_bench, options, ratio, report
 from torch import nn
 
-from portmoe.config.schema import Config, DataConfig, MoeConfig
+from portmoe.config import Config
+from portmoe.config.sections.data import DataConfig
+from portmoe.config.sections.experts import MoeConfig
 from portmoe.families.internlm_moe.section import ModelConfig
 from portmoe.model import MoELayer
 from portmoe.ops import OPERATIONS, Implementation, OpTable, choose

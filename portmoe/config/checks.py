@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 from portmoe.families import registry
 
 if TYPE_CHECKING:
-    from portmoe.config import Config
+    from portmoe.config.tree import Tree
     from portmoe.families.architecture import Architecture
 
 
-def contradictions(config: "Config") -> Iterator[str]:
+def contradictions(config: "Tree") -> Iterator[str]:
     """One message per contradiction, naming the keys, their values and what to change."""
     yield from registry.families()[config.model_type].contradictions(config)
     yield from _of_the_model(config, config.architecture)
@@ -18,7 +18,7 @@ def contradictions(config: "Config") -> Iterator[str]:
     yield from _of_the_engine(config)
 
 
-def _of_the_model(config: "Config", model: "Architecture") -> Iterator[str]:
+def _of_the_model(config: "Tree", model: "Architecture") -> Iterator[str]:
     keys = model.keys
     for experts in dict.fromkeys(model.expert_layers):
         if experts.gate.top_k > experts.count:
@@ -39,7 +39,7 @@ def _of_the_model(config: "Config", model: "Architecture") -> Iterator[str]:
         )
 
 
-def _of_the_parallel_sizes(config: "Config", model: "Architecture") -> Iterator[str]:
+def _of_the_parallel_sizes(config: "Tree", model: "Architecture") -> Iterator[str]:
     """Sizes that contradict each other for any number of ranks."""
     keys, parallel, chunks = model.keys, config.parallel, config.model.num_chunks
     tensor, pipeline, spread = parallel.tensor.size, parallel.pipeline.size, parallel.expert.size
@@ -70,7 +70,7 @@ def _of_the_parallel_sizes(config: "Config", model: "Architecture") -> Iterator[
             )
 
 
-def _of_the_engine(config: "Config") -> Iterator[str]:
+def _of_the_engine(config: "Tree") -> Iterator[str]:
     """What DeepSpeed does not do here, and what only DeepSpeed does."""
     parallel, trainer = config.parallel, config.trainer
     if trainer.engine != "deepspeed":

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from portmoe.config.keys import walk
 from portmoe.config.schema import Config
 from portmoe.config.section import LARGEST, LARGEST_FLOAT, LARGEST_SIZE, ModelSection
 from portmoe.families import registry
@@ -31,14 +32,13 @@ def shorten(value: Any) -> str:
 
 
 def sections(
-    model_type: str = registry.DEFAULT, section: type[BaseModel] = Config, prefix: str = ""
+    config: type[BaseModel] = Config, model_type: str = registry.DEFAULT
 ) -> Iterator[tuple[str, type[BaseModel]]]:
     """Every section for ``model_type`` as (dotted path, its type), the top level first with path ""."""
-    yield prefix, section
-    for name, field in section.model_fields.items():
-        inner = _section_of(field.annotation, model_type)
-        if inner is not None:
-            yield from sections(model_type, inner, f"{prefix}.{name}".lstrip("."))
+    yield "", config
+    for entry in walk(config, _stand_ins(model_type)):
+        if entry.section is not None:
+            yield entry.path, entry.section
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,22 @@ class Violation:
     reason: str
 
 
-def describe(error: ValidationError, tree: Mapping[str, Any]) -> list[str]:
-    """One line per offending key of ``tree``, in the order found."""
-    return [violation.message for violation in violations(error, tree)]
+def describe(error: ValidationError, tree: Mapping[str, Any], config: type[BaseModel] = Config) -> list[str]:
+    """One line per offending key of ``tree``, which is no ``config``, in the order found."""
+    return [violation.message for violation in violations(error, tree, config)]
 
 
-def violations(error: ValidationError, tree: Mapping[str, Any]) -> list[Violation]:
-    """Every offending key of ``tree`` once, in the order found."""
+def violations(
+    error: ValidationError, tree: Mapping[str, Any], config: type[BaseModel] = Config
+) -> list[Violation]:
+    """Every offending key of ``tree``, which is no ``config``, once, in the order found."""
     found: dict[str, Violation] = {}
-    model_type = tree.get("model_type", registry.DEFAULT)
+    known = dict(sections(config, tree.get("model_type", registry.DEFAULT)))
     for item in error.errors(include_url=False):
-        path, section, key = _resolve(item["loc"], model_type)
+        path, section, key = _resolve(item["loc"], known)
         if item["type"] == "extra_forbidden":
             where = ".".join(map(str, item["loc"][:-1]))
-            reason = f"unknown key; {_nearest(where, str(key), model_type)}"
+            reason = f"unknown key; {_nearest(where, str(key), known)}"
             found.setdefault(path, Violation(path, f"{path:.120}: {reason}", reason))
         elif item["type"] == "value_error":
             for reason in str(item["ctx"]["error"]).splitlines():
@@ -81,33 +83,28 @@ def violations(error: ValidationError, tree: Mapping[str, Any]) -> list[Violatio
     return list(found.values())
 
 
-def _section_of(annotation: Any, model_type: str) -> type[BaseModel] | None:
-    """The section type in ``annotation``, also where it is optional; of the model, the family's."""
-    for candidate in (annotation, *getattr(annotation, "__args__", ())):
-        if candidate is ModelSection:
-            family = registry.families().get(model_type)
-            return family.section if family else ModelSection
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+def _stand_ins(model_type: Any) -> dict[type[BaseModel], type[BaseModel]]:
+    """The family's ``model`` section for the one that all share."""
+    family = registry.families().get(model_type) if isinstance(model_type, str) else None
+    return {ModelSection: family.section} if family else {}
 
 
-def _resolve(loc: tuple[int | str, ...], model_type: str) -> tuple[str, type[BaseModel], str | None]:
+def _resolve(
+    loc: tuple[int | str, ...], known: Mapping[str, type[BaseModel]]
+) -> tuple[str, type[BaseModel], str | None]:
     """The dotted path in ``loc``, the innermost section on it, and the key there (None: the section itself).
 
     pydantic appends the tried member of a union and the index in a list; neither is a key.
     """
-    section: type[BaseModel] = Config
     path: list[str] = []
+    section = ""
     for part in loc:
         path.append(str(part))
-        if part not in section.model_fields:
-            return ".".join(path), section, str(part)
-        inner = _section_of(section.model_fields[part].annotation, model_type)
-        if inner is None:
-            return ".".join(path), section, str(part)
-        section = inner
-    return ".".join(path) or "the config", section, None
+        whole = ".".join(path)
+        if part not in known[section].model_fields or whole not in known:
+            return whole, known[section], str(part)
+        section = whole
+    return section or "the config", known[section], None
 
 
 def _value_at(tree: Any, path: tuple[int | str, ...]) -> Any:
@@ -116,9 +113,9 @@ def _value_at(tree: Any, path: tuple[int | str, ...]) -> Any:
     return tree
 
 
-def _nearest(section_path: str, key: str, model_type: str) -> str:
+def _nearest(section_path: str, key: str, sections: Mapping[str, type[BaseModel]]) -> str:
     """Where an unknown key of a section was probably meant to go."""
-    known = {where: list(section.model_fields) for where, section in sections(model_type)}
+    known = {where: list(section.model_fields) for where, section in sections.items()}
     here = known[section_path]
     elsewhere = [f"{where}.{key}".lstrip(".") for where, names in known.items() if key in names]
     if elsewhere:

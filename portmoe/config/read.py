@@ -1,13 +1,14 @@
 """Reading a config: a file or a packaged name, overrides, and one clear message for any mistake."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from portmoe.config import yaml as config_yaml
+from portmoe.config.keys import walk
 from portmoe.config.messages import describe, shorten
 from portmoe.config.schema import Config
 from portmoe.errors import ConfigError
@@ -67,29 +68,10 @@ def packaged_names() -> list[str]:
 def no_effect_notes(config: Config) -> list[str]:
     """A line for every key that is set but changes nothing, with the reason."""
     return [
-        f"{path} = {shorten(value)} has no effect: {why}"
-        for path, value, default, why in _ineffective(config)
-        if value != default
+        f"{entry.path} = {shorten(entry.value)} has no effect: {entry.key.no_effect}"
+        for entry in walk(config)
+        if entry.section is None and entry.key.no_effect and entry.value != entry.default
     ]
-
-
-def is_ineffective(section: type[BaseModel], name: str) -> bool:
-    """Whether this key of a section is accepted and changes nothing."""
-    return _no_effect(section, name) is not None
-
-
-def _ineffective(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        if isinstance(value, BaseModel):
-            yield from _ineffective(value, f"{prefix}{name}.")
-        elif why := _no_effect(type(section), name):
-            yield f"{prefix}{name}", value, field.default, why
-
-
-def _no_effect(section: type[BaseModel], name: str) -> str | None:
-    extra = section.model_fields[name].json_schema_extra
-    return str(extra["no_effect"]) if isinstance(extra, dict) and "no_effect" in extra else None
 
 
 def read_text(source: str, packaged: bool = True) -> str:

@@ -1,11 +1,13 @@
 """What every section of a config is made of, and the section every model has.
 
-Stands below the families, whose sections are built from it, and imports nothing of portmoe.
+Stands below the families, whose sections are built from it.
 """
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from portmoe.config.keys import SAME_RUN, Key
 
 LARGEST = 2**40  # no count or step in a config is anywhere near it
 LARGEST_SIZE = 2**24  # of one dimension: the product of two still fits 64 bits
@@ -23,11 +25,6 @@ Path = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-def no_effect(default: Any, why: str) -> Any:
-    """A key kept for compatibility; ``why`` is shown when its value is not the default."""
-    return Field(default, json_schema_extra={"no_effect": why})
-
-
 class Section(BaseModel):
     """Base of every section: unknown keys refused, no silent conversion of types."""
 
@@ -40,10 +37,11 @@ class ModelSection(Section):
     A family adds the keys of its architecture.
     """
 
-    checkpoint: bool | Fraction = False  # share of the layers whose activations are recomputed
-    num_chunks: Layers = 1  # pipeline stages per rank
+    # share of the layers whose activations are recomputed
+    checkpoint: Annotated[bool | Fraction, SAME_RUN] = False
+    num_chunks: Annotated[Layers, SAME_RUN] = 1  # pipeline stages per rank
     dtype: Literal["float32", "tf32", "bfloat16", "float16"] = "bfloat16"
-    use_flash_attn: bool = True
+    use_flash_attn: Annotated[bool, Key(same_run=True, asks_for=("attention",))] = True
 
     @field_validator("dtype", mode="before")
     @classmethod

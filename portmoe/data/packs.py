@@ -5,7 +5,8 @@ Imports numpy but not torch, so that a dry run and the checks of a config stay q
 
 from typing import Literal
 
-from portmoe.config.schema import LARGEST_SIZE, Config
+from portmoe.config import Config
+from portmoe.config.section import LARGEST_SIZE
 from portmoe.data.packing import Packing, PackSequence
 from portmoe.data.sources.dummy import DummyDataset
 from portmoe.data.sources.tokenized import open_folder

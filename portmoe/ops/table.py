@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from portmoe.config import Config
+from portmoe.config.keys import walk
 from portmoe.errors import BackendError, ConfigError
 from portmoe.ops.operation import Implementation, Operation
 from portmoe.ops.timings import Timings
@@ -19,15 +20,6 @@ from portmoe.ops.workload import CallSites, Workload
 
 REFERENCE = "reference"
 NOT_CALLED = "is not called in this model"
-
-# The config keys that ask for a kind of implementation, and the operations they speak of.
-REQUESTS = (
-    ("moe.use_fused_gating", "topk_gating"),
-    ("moe.use_tutel", "topk_gating"),
-    ("moe.enable_token_rearrange_opt", "dispatch"),
-    ("moe.enable_token_rearrange_opt", "combine"),
-    ("model.use_flash_attn", "attention"),
-)
 
 
 @dataclass(frozen=True)
@@ -264,8 +256,10 @@ def _with_requests(
 ) -> Choice:
     """``choice`` with every config key whose kind of implementation was not taken, each told to ``log``."""
     unmet = []
-    for key, op in REQUESTS:
-        if op != choice.op or choice.chosen is None or not _setting(config, key):
+    op = choice.op
+    for entry in walk(config):
+        key = entry.path
+        if op not in entry.key.asks_for or not entry.value or choice.chosen is None:
             continue
         kind = {i.name for i in offered if i.requested_by == key}
         if choice.chosen in kind:

@@ -8,7 +8,8 @@ before it starts a process.
 import math
 from dataclasses import dataclass
 
-from portmoe.config.schema import Config, DataConfig
+from portmoe.config import Config
+from portmoe.config.sections.data import DataConfig
 from portmoe.errors import ConfigError
 
 

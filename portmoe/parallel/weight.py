@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 
 from portmoe.accelerator.interface import BufferPool
-from portmoe.config.schema import WeightConfig
+from portmoe.config.sections.execution import WeightConfig
 from portmoe.model.decoder import Decoder
 
 

@@ -14,42 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pydantic import BaseModel
-
 from portmoe.checkpoint.store import complete_steps
 from portmoe.config import Config
+from portmoe.config.keys import walk
 from portmoe.config.read import dump_config, load_config
 from portmoe.errors import ConfigError, PortmoeError, TrainingError
 
 RUNS = Path("runs")
 CONFIG, METRICS, STATUS, LOCK = "config.yaml", "metrics.jsonl", "status.json", ".lock"
-
-# Keys that leave a run the same run: where it lives, how it is laid out, computed, watched and saved,
-# and how long it lasts. Everything else belongs to the numbers, and a run keeps its own.
-_SAME_RUN = (
-    "JOB_NAME",
-    "run.directory",
-    "run.collective_timeout",
-    "ckpt",
-    "data.micro_num",
-    "data.global_batch_size",
-    "data.max_global_batch_size",
-    "data.valid_micro_num",
-    "data.valid_every",
-    "data.total_steps",
-    "data.valid_folder",
-    "lr_scheduler.total_steps",
-    "model.checkpoint",
-    "model.num_chunks",
-    "model.use_flash_attn",
-    "moe.enable_token_rearrange_opt",
-    "moe.use_tutel",
-    "parallel",
-    "ops",
-    "trainer",
-    "cudnn_deterministic",
-    "monitor",
-)
 
 
 @dataclass
@@ -217,19 +189,17 @@ def _require_same_run(path: Path, config: Config) -> None:
 
 def first_difference(former: Config, config: Config) -> tuple[str, Any, Any] | None:
     """The first key that makes two configs different runs, with both values; None for the same run."""
-    values = dict(_leaves(former))
-    return next(((key, values[key], value) for key, value in _leaves(config) if values[key] != value), None)
+    values = dict(_of_the_numbers(former))
+    return next(
+        ((key, values[key], value) for key, value in _of_the_numbers(config) if values[key] != value), None
+    )
 
 
-def _leaves(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, field in type(section).model_fields.items():
-        key, value = f"{prefix}{name}", getattr(section, name)
-        if key in _SAME_RUN or "no_effect" in (field.json_schema_extra or ()):
-            continue
-        if isinstance(value, BaseModel):
-            yield from _leaves(value, f"{key}.")
-        else:
-            yield key, value
+def _of_the_numbers(config: Config) -> Iterator[tuple[str, Any]]:
+    """The keys that belong to the numbers, which a run keeps, and their values."""
+    for entry in walk(config):
+        if entry.section is None and not entry.key.same_run:
+            yield entry.path, entry.value
 
 
 def _former_config(path: Path) -> Config | None:

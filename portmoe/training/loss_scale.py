@@ -1,6 +1,6 @@
 """The dynamic loss scale of float16 training, and the count of steps skipped in any dtype."""
 
-from portmoe.config.schema import GradScalerConfig
+from portmoe.config.sections.optimization import GradScalerConfig
 
 
 class LossScale:

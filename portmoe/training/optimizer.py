@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from portmoe.config.schema import AdamConfig
+from portmoe.config.sections.optimization import AdamConfig
 from portmoe.parallel.zero import cut_further, gather_updates
 
 

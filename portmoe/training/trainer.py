@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from portmoe.config.schema import parse_step_ranges
+from portmoe.config.sections.data import parse_step_ranges
 from portmoe.profiling.profile import StepProfile
 from portmoe.profiling.spans import WAITING, span
 from portmoe.record.log_line import StepResult, StepTotals, perplexity, step_record

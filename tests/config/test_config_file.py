@@ -5,8 +5,9 @@ import textwrap
 import pytest
 
 import portmoe
+from portmoe.config import Config
 from portmoe.config.read import dump_config, no_effect_notes, packaged_names
-from portmoe.config.schema import Config, DataConfig
+from portmoe.config.sections.data import DataConfig
 
 
 def write(tmp_path, text):

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from portmoe.config.schema import Config, RunConfig
+from portmoe.config import Config
+from portmoe.config.sections.run import RunConfig
 from portmoe.data.batch import Batch
 from portmoe.model import Decoder, MoELayer
 from portmoe.model.noise import layer_generator, micro_batch_seed

@@ -8,7 +8,9 @@ import pytest
 import torch
 from agreement import workload
 
-from portmoe.config.schema import Config, MoeConfig, OpsConfig
+from portmoe.config import Config
+from portmoe.config.sections.execution import OpsConfig
+from portmoe.config.sections.experts import MoeConfig
 from portmoe.errors import BackendError, ConfigError
 from portmoe.families.internlm_moe.section import ModelConfig
 from portmoe.ops import OPERATIONS, Implementation, Operation, choose

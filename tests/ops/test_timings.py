@@ -8,7 +8,8 @@ import pytest
 import torch
 from agreement import workload
 
-from portmoe.config.schema import Config, OpsConfig
+from portmoe.config import Config
+from portmoe.config.sections.execution import OpsConfig
 from portmoe.ops import Implementation, Operation, choose, measure
 from portmoe.ops.operation import Sample, rounding
 from portmoe.ops.timings import Timings, cache_file

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from portmoe.config.schema import GradScalerConfig
+from portmoe.config.sections.optimization import GradScalerConfig
 from portmoe.training.loss_scale import LossScale
 
 CLEAN, OVERFLOW = True, False

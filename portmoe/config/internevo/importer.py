@@ -14,8 +14,9 @@ from pydantic import BaseModel, ValidationError
 
 from portmoe.config import yaml as config_yaml
 from portmoe.config.internevo.literals import ALLOWED, Lines, Unreadable, read_assignments
+from portmoe.config.keys import walk
 from portmoe.config.messages import sections, shorten, violations
-from portmoe.config.read import is_ineffective, parse_config, read_text
+from portmoe.config.read import parse_config, read_text
 from portmoe.config.schema import Config
 from portmoe.errors import ConfigError
 
@@ -177,11 +178,15 @@ def _why_not(leaf: _Leaf) -> str | None:
         return WHY_NOT.get(leaf.path, NO_SUCH_KEY)
     if isinstance(leaf.value, str) and leaf.value.startswith(STORES):
         return NO_STORE
-    if isinstance(leaf.value, Unreadable) and is_ineffective(known, key):
+    if isinstance(leaf.value, Unreadable) and _is_void(known, key):
         return f"{leaf.value.why}; the key has no effect here"
     if leaf.path == OPTIONAL_SECTION and leaf.value is not None:
         return OTHER_CHECKPOINT
     return None
+
+
+def _is_void(section: type[BaseModel], key: str) -> bool:
+    return any(entry.path == key and entry.key.no_effect for entry in walk(section))
 
 
 def _validated(source: str, leaves: Sequence[_Leaf], left_out: list[LeftOut]) -> dict[str, Any]:

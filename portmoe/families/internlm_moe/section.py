@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from portmoe.config.section import Above0, Count, Experts, Layers, ModelSection, NonNegative, Size, no_effect
+from portmoe.config.keys import no_effect
+from portmoe.config.section import Above0, Count, Experts, Layers, ModelSection, NonNegative, Size
 from portmoe.families import architecture as arch
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ class ModelConfig(ModelSection):
     qk_interleaved: bool = False
     embed_grad_scale: NonNegative = 1.0
     apply_post_layer_norm: Literal[False] = False
-    embed_split_hidden: bool = no_effect(True, "the embedding is split by vocabulary")
-    parallel_output: bool = no_effect(True, "logits are never gathered")
+    embed_split_hidden: Annotated[bool, no_effect("the embedding is split by vocabulary")] = True
+    parallel_output: Annotated[bool, no_effect("logits are never gathered")] = True
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> "ModelConfig":

@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 
 from portmoe.accelerator import get_accelerator
-from portmoe.config.schema import Config, ParallelConfig
+from portmoe.config import Config
+from portmoe.config.sections.execution import ParallelConfig
 from portmoe.data import Batch, open_data
 from portmoe.model.decoder import Decoder
 from portmoe.model.reference_table import reference_table

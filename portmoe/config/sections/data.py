@@ -1,0 +1,76 @@
+"""What one step consumes."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from portmoe.config.keys import SAME_RUN, no_effect
+from portmoe.config.section import LARGEST_SIZE, Count, NonNegative, Path, Positive, Section, Size
+
+
+class DataConfig(Section):
+    """What one step consumes. One micro-batch is one pack of micro_bsz · seq_len tokens."""
+
+    seq_len: Size = 2048
+    micro_num: Annotated[Size, SAME_RUN] = 1
+    micro_bsz: Size = 1
+    # sequences; set: micro_num follows from it
+    global_batch_size: Annotated[Positive | None, SAME_RUN] = None
+    # sequences; a larger global batch is refused
+    max_global_batch_size: Annotated[Positive | None, SAME_RUN] = None
+    # null is micro_num
+    valid_micro_num: Annotated[Annotated[int, Field(ge=0, le=LARGEST_SIZE)] | None, SAME_RUN] = None
+    valid_every: Annotated[Count, SAME_RUN] = 0  # steps between validations, 0: none
+    pack_sample_into_one: Literal[False] = False
+    total_steps: Annotated[Positive, SAME_RUN] = 50
+    skip_batches: str = ""  # steps passed over, as "3,10-12"
+    rampup_batch_size: Literal[""] | None = ""
+    min_length: Count = 50  # shorter samples of a tokenized data set are left out
+    train_folder: Path | None = None  # null: the built-in dummy data
+    valid_folder: Annotated[Path | None, SAME_RUN] = None
+    num_samples: Size | None = None  # of the dummy data; null: 500 · data-parallel size
+    fixed_random_dataset_seqlen: bool = True
+    empty_cache_and_diag_interval: Annotated[Count, no_effect("memory is not emptied between steps")] = 200
+    diag_outlier_ratio: Annotated[NonNegative, no_effect("slow ranks are not diagnosed")] = 1.1
+
+    @field_validator("skip_batches")
+    @classmethod
+    def _skip_batches_parse(cls, text: str) -> str:
+        parse_step_ranges(text)
+        return text
+
+    @model_validator(mode="after")
+    def _batch_within_limit(self) -> "DataConfig":
+        batch, limit = self.global_batch_size, self.max_global_batch_size
+        if batch is not None and limit is not None and batch > limit:
+            raise ValueError(
+                f"data.global_batch_size={batch} is over data.max_global_batch_size={limit}; "
+                f"set data.global_batch_size to {limit} or less"
+            )
+        return self
+
+    def largest_token(self) -> int | None:
+        """The largest token the dummy data can hold, whatever is drawn; None for data from a folder.
+
+        A sample is its block length n, its number of blocks r, then the blocks. r starts below 200
+        and doubles until n · r reaches seq_len, so n = 1 takes it furthest.
+        """
+        if self.train_folder is not None:
+            return None
+        blocks = range(10, 200)
+        if not self.fixed_random_dataset_seqlen:
+            return blocks[-1]
+        return max(r << max(0, (-(-self.seq_len // r) - 1).bit_length()) for r in blocks)
+
+
+def parse_step_ranges(text: str) -> list[range]:
+    """Read "3,10-12" as [range(3, 4), range(10, 13)]; a ValueError names the part that is no range."""
+    ranges = []
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        first, dash, last = part.partition("-")
+        if not (first.isascii() and first.isdigit()) or (dash and not (last.isascii() and last.isdigit())):
+            raise ValueError(f"{part!r} is neither a step nor a range of steps, as in '3,10-12'")
+        ranges.append(range(int(first), int(last or first) + 1))
+        if not ranges[-1]:
+            raise ValueError(f"{part!r} ends before it begins; write the smaller step first")
+    return ranges

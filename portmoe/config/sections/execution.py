@@ -1,0 +1,78 @@
+"""How the ranks share the work, which engine trains and which operations compute: no mathematics."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from portmoe.config.section import LARGEST, Section, Size
+
+
+class Zero1Config(Section):
+    """size ≤ 0: optimizer state over the whole data-parallel group; 1: replicated; n: subsets of n."""
+
+    size: Annotated[int, Field(ge=-LARGEST, le=LARGEST)] = -1
+    fsdp: bool = False
+
+
+class TensorConfig(Section):
+    size: Size = 1
+    mode: Literal["mtp", "msp", "fsp", "isp"] = "mtp"
+
+
+class PipelineConfig(Section):
+    size: Size = 1
+    interleaved_overlap: bool = False
+
+
+class WeightConfig(Section):
+    size: Size = 1
+    overlap: bool = False
+    memory_pool: bool = False
+
+
+class ExpertConfig(Section):
+    size: Size | None = None  # null: the most ranks that divide experts and data-parallel ranks evenly
+
+
+class ParallelConfig(Section):
+    """How the ranks share the work; ``parallel.layout`` derives the groups."""
+
+    zero1: Zero1Config = Zero1Config()
+    tensor: TensorConfig = TensorConfig()
+    pipeline: PipelineConfig = PipelineConfig()
+    weight: WeightConfig = WeightConfig()
+    expert: ExpertConfig = ExpertConfig()
+
+    @property
+    def gathers_by_block(self) -> bool:
+        """Whether parameters are sharded, and a block's are whole only while it computes."""
+        return self.zero1.fsdp or self.weight.size > 1
+
+    @model_validator(mode="after")
+    def _weight_needs_isp(self) -> "ParallelConfig":
+        if self.weight.size > 1 and self.tensor.mode != "isp":
+            raise ValueError(
+                f"parallel.weight.size={self.weight.size} acts only with parallel.tensor.mode='isp', and "
+                f"parallel.tensor.mode={self.tensor.mode!r}; change one of the two"
+            )
+        return self
+
+
+class OpsConfig(Section):
+    """How implementations of the operations are chosen."""
+
+    select: Literal["order", "measure"] = "order"
+    fallback: Literal["allow", "warn", "error"] = "warn"
+    disable: list[str] = Field([])  # implementations not to be chosen, as "attention.sdpa"
+
+
+class DeepSpeedConfig(Section):
+    """Acts for ``trainer.engine: deepspeed`` only."""
+
+    # 1: optimizer state sharded, 2: gradients too, 3: parameters too. (A Literal of 1 would take true.)
+    zero_stage: Annotated[int, Field(ge=1, le=3)] = 1
+
+
+class TrainerConfig(Section):
+    engine: Literal["native", "deepspeed"] = "native"
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()

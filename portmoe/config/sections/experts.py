@@ -1,0 +1,37 @@
+"""How tokens reach the experts."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from portmoe.config.keys import Key
+from portmoe.config.section import LARGEST_SIZE, Experts, Factor, Section
+
+
+class MoeConfig(Section):
+    """The router and the expert buffers."""
+
+    top_k: Experts = 2
+    capacity_factor: Factor = 1.0
+    eval_capacity_factor: Factor = 1.0
+    min_capacity: Annotated[int, Field(ge=0, le=LARGEST_SIZE)] = 4
+    noisy_gate_policy: Literal["Jitter", "RSample"] | None = None
+    drop_tokens: bool = True
+    use_rts: bool = True
+    use_fused_gating: Annotated[bool, Key(asks_for=("topk_gating",))] = True
+    enable_token_rearrange_opt: Annotated[bool, Key(same_run=True, asks_for=("dispatch", "combine"))] = True
+    use_tutel: Annotated[bool, Key(same_run=True, asks_for=("topk_gating",))] = False
+
+    @model_validator(mode="after")
+    def _policy_fits(self) -> "MoeConfig":
+        if self.noisy_gate_policy == "RSample" and self.use_fused_gating:
+            raise ValueError(
+                "moe.noisy_gate_policy='RSample' cannot be combined with moe.use_fused_gating=true; "
+                "set moe.use_fused_gating to false or moe.noisy_gate_policy to null or 'Jitter'"
+            )
+        if self.noisy_gate_policy == "RSample" and self.top_k != 1:
+            raise ValueError(
+                f"moe.noisy_gate_policy='RSample' acts for moe.top_k=1 only, and moe.top_k={self.top_k}; "
+                "set moe.noisy_gate_policy to null or 'Jitter'"
+            )
+        return self

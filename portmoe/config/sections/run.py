@@ -1,0 +1,58 @@
+"""Where a run lives, what it saves and who watches it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from portmoe.config.keys import SAME_RUN, no_effect
+from portmoe.config.section import Count, Path, Positive, Section
+
+
+class RunConfig(Section):
+    """Where a run lives and what makes it reproducible."""
+
+    directory: Annotated[Path | None, SAME_RUN] = None  # null: runs/<config name>, numbered
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1024  # numpy's RandomState takes 32 bits
+    # seconds a collective may wait for a missing rank
+    collective_timeout: Annotated[Positive, SAME_RUN] = 600
+
+
+class LoadCheckpointConfig(Section):
+    """Weights to start from, taken from a portmoe checkpoint folder."""
+
+    path: Path | None = None
+    content: list[Literal["model", "sampler", "optimizer", "scheduler", "all"]] = Field(["model"])
+    ckpt_type: Literal["portmoe"] = "portmoe"
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming."""
+
+    enable_save_ckpt: bool = False
+    save_ckpt_folder: Path | None = None  # null: <run directory>/checkpoints
+    load_ckpt_folder: Annotated[str | None, no_effect("use ckpt.load_ckpt_info.path")] = None
+    load_ckpt_info: LoadCheckpointConfig | None = None
+    auto_resume: bool = True
+    checkpoint_every: Positive = 50
+    keep: Positive = 2  # only the newest `keep` checkpoints stay
+    async_upload: bool = True  # write in the background while training goes on
+    async_upload_tmp_folder: Annotated[
+        str | None, no_effect("checkpoints are written in place, atomically")
+    ] = None
+    oss_snapshot_freq: Annotated[Count, no_effect("there is no object store to take snapshots to")] = 25
+
+
+class AlertConfig(Section):
+    enable_feishu_alert: Literal[False] = False
+    feishu_alert_address: Annotated[str | None, no_effect("alerts are not sent")] = None
+    light_monitor_address: Annotated[str | None, no_effect("heartbeats are not sent")] = None
+    alert_file_path: Annotated[str | None, no_effect("alerts are not written")] = None
+
+
+class TensorboardConfig(Section):
+    queue_max_length: Positive = 10
+
+
+class MonitorConfig(Section):
+    alert: AlertConfig = AlertConfig()
+    tensorboard: TensorboardConfig = TensorboardConfig()
