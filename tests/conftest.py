@@ -1,9 +1,13 @@
-"""A way to install tiny packages that register entry points, without pip."""
+"""What tests of several rooms share: worlds of ranks, a group of one rank, tiny packages without pip."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from worlds import World, records, train
+
+pytest.register_assert_rewrite("agreement", "layout_keys", "run_portmoe")
 
 
 @pytest.fixture
@@ -24,3 +28,58 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
         return tmp_path
 
     return place
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[Callable[[int], World]]:
+    """``world(n)``: n ranks, started when first asked for."""
+    worlds: dict[int, World] = {}
+
+    def of_size(size: int) -> World:
+        if size not in worlds or not worlds[size].alive:
+            worlds[size] = World(size)
+        return worlds[size]
+
+    yield of_size
+    for started in worlds.values():
+        started.end()
+
+
+@pytest.fixture(scope="session")
+def run(world, tmp_path_factory) -> Callable[..., list[dict[str, Any]]]:
+    """``run(ranks, *overrides, directory=None)``: the records of a run of the small model."""
+
+    def one(ranks: int, *overrides: str, directory: Path | None = None) -> list[dict[str, Any]]:
+        directory = directory or tmp_path_factory.mktemp("run") / "run"
+        world(ranks).call(train, directory, *overrides)
+        return records(directory)
+
+    return one
+
+
+@pytest.fixture(scope="session")
+def alone(run) -> Callable[..., list[dict[str, Any]]]:
+    """``alone(*overrides)``: the records of one process; each set of overrides is run once."""
+    known: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+
+    def one(*overrides: str) -> list[dict[str, Any]]:
+        if overrides not in known:
+            known[overrides] = run(1, *overrides)
+        return known[overrides]
+
+    return one
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone; gives the CPU group that norms and metrics need."""
+    import torch.distributed as dist
+
+    import portmoe
+    from portmoe.launch import launch
+    from portmoe.launch.ranks import detect
+
+    device = launch.start(portmoe.get_accelerator("cpu"), detect("local"), 60)
+    assert device.type == "cpu"
+    yield dist.new_group(backend="gloo")
+    launch.stop()

@@ -5,7 +5,7 @@ from importlib import metadata
 from importlib.util import find_spec
 
 import pytest
-from test_layouts import LOSS, assert_same
+from layout_keys import LOSS, assert_same
 from worlds import World, records, train
 
 import portmoe

@@ -1,24 +1,36 @@
 """Every layout gives the numbers of one process: losses, gradient norms, counts."""
 
 import pytest
+from layout_keys import (
+    AHEAD,
+    CHUNKS2,
+    DENSE_TOO,
+    EP2,
+    FSDP,
+    FSP,
+    ISP,
+    LAYERS4,
+    MANY,
+    MIXED,
+    MSP,
+    NO_EP,
+    OVERLAP,
+    POOL,
+    PP2,
+    PP4,
+    RAGGED,
+    REPLICAS,
+    SUBSETS,
+    TP2,
+    TP4,
+    WEIGHT2,
+    WEIGHT4,
+    assert_same,
+)
 
-LOSS, NORM = 1e-6, 1e-5  # relative, float32
 STEPS = "data.total_steps=15"
 
 # ranks, overrides of the layout, overrides of the model
-PP2, PP4, CHUNKS2 = "parallel.pipeline.size=2", "parallel.pipeline.size=4", "model.num_chunks=2"
-OVERLAP = "parallel.pipeline.interleaved_overlap=true"
-LAYERS4 = ["model.num_layers=4"]
-MIXED = ["model.num_layers=5", "model.first_k_dense_replace=2", "moe.noisy_gate_policy=Jitter"]
-NO_EP, EP2 = "parallel.expert.size=1", "parallel.expert.size=2"
-FSDP, SUBSETS, REPLICAS = "parallel.zero1.fsdp=true", "parallel.zero1.size=2", "parallel.zero1.size=1"
-RAGGED = "model.moe_type=MegaBlock-D"
-MANY = "model.num_experts=16"  # most are without a token in a micro-batch of 32
-TP2, TP4, MSP = "parallel.tensor.size=2", "parallel.tensor.size=4", "parallel.tensor.mode=msp"
-FSP, ISP = "parallel.tensor.mode=fsp", "parallel.tensor.mode=isp"
-WEIGHT2, WEIGHT4 = "parallel.weight.size=2", "parallel.weight.size=4"
-AHEAD, POOL = "parallel.weight.overlap=true", "parallel.weight.memory_pool=true"
-DENSE_TOO = ["model.first_k_dense_replace=1", "model.moe_use_residual=true", "loss.label_smoothing=0.1"]
 LAYOUTS = {
     "mtp2": (2, [TP2], []),
     "mtp4": (4, [TP4], DENSE_TOO),
@@ -139,18 +151,6 @@ FAST = {
     *("ep2", "ep4", "ep2 of dp4 fsdp", "ep4 ragged", "ep4 capacity as needed"),
     *("pp2", "pp2 interleaved", "pp2 dense and noisy layers", "pp4", "pp2 dp2", "pp2 ep2"),
 }
-
-
-def assert_same(records, expected, loss=LOSS, norm=NORM) -> None:
-    assert len(records) == len(expected) > 0
-    for ours, theirs in zip(records, expected, strict=True):
-        for key in ("loss", "moe_loss", "loss_from_metric"):
-            assert ours[key] == pytest.approx(theirs[key], rel=loss), (ours["step"], key)
-        assert list(ours["grad_norm"].values()) == pytest.approx(
-            list(theirs["grad_norm"].values()), rel=norm
-        ), ours["step"]
-        for key in ("tokens/en", "acc", "expert_load", "dropped_token_rate", "num_consumed_tokens"):
-            assert ours[key] == pytest.approx(theirs[key], rel=loss), (ours["step"], key)
 
 
 @pytest.mark.parametrize(

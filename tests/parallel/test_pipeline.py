@@ -4,7 +4,7 @@ import itertools
 import math
 
 import pytest
-from test_layouts import CHUNKS2, LAYERS4, LOSS, OVERLAP, PP2, PP4, assert_same
+from layout_keys import CHUNKS2, LAYERS4, LOSS, OVERLAP, PP2, PP4, assert_same
 from worlds import MODEL, train
 
 import portmoe

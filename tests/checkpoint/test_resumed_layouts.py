@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from test_layouts import (
+from layout_keys import (
     AHEAD,
     CHUNKS2,
     FSDP,

@@ -1,7 +1,7 @@
 """What the dry run says a layout communicates, against what real ranks communicate."""
 
 import pytest
-from test_layouts import (
+from layout_keys import (
     AHEAD,
     CHUNKS2,
     DENSE_TOO,
