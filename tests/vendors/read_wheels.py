@@ -1,0 +1,165 @@
+"""Write ``signatures.json``: what the vendors' own packages say their functions take.
+
+    python tests/vendors/read_wheels.py FOLDER
+
+FOLDER holds the packages as their index gives them, never unpacked into this tree and never imported:
+
+    pip download --no-deps -d FOLDER torch_npu==2.13.0        (each release)
+    pip download --no-deps -d FOLDER liger-kernel==0.8.5
+    pip download --no-deps -d FOLDER intel-extension-for-pytorch==2.8.0
+    tutel has no wheel: a commit's archive from github.com/microsoft/tutel, as FOLDER/tutel-COMMIT
+
+torch_npu registers its functions from C++: their schemas are strings in its library. The others are Python,
+whose definitions are read, not run.
+"""
+
+import ast
+import hashlib
+import json
+import re
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+SIGNATURES = Path(__file__).with_name("signatures.json")
+
+PLUGIN = "torch_npu"
+LIBRARY = "torch_npu/lib/libtorch_npu.so"
+# What is called, what could be, and what the pages name beside them.
+FUNCTIONS = {
+    "npu_add_rms_norm",
+    "npu_apply_adam_w",
+    "npu_clipped_swiglu",
+    "npu_cross_entropy_loss",
+    "npu_fused_cross_entropy_loss_with_max_sum",
+    "npu_fused_linear_cross_entropy_loss_with_max_sum_backward",
+    "npu_fused_linear_online_max_sum",
+    "npu_fusion_attention",
+    "npu_fusion_attention_v2",
+    "npu_fusion_attention_v3",
+    "npu_grouped_matmul",
+    "npu_grouped_matmul_add",
+    "npu_grouped_matmul_add_",
+    "npu_interleave_rope",
+    "npu_moe_gating_top_k",
+    "npu_moe_gating_top_k_backward",
+    "npu_moe_gating_top_k_softmax",
+    "npu_moe_gating_top_k_softmax_v2",
+    "npu_moe_init_routing_v2",
+    "npu_moe_re_routing",
+    "npu_moe_token_permute",
+    "npu_moe_token_permute_with_routing_map",
+    "npu_moe_token_unpermute",
+    "npu_moe_token_unpermute_with_routing_map",
+    "npu_rms_norm",
+    "npu_rms_norm_backward",
+    "npu_rotary_mul",
+    "npu_swiglu",
+    "npu_swiglu_backward",
+}
+
+# Per Python package: where a function or a class is defined, by the name it is called by.
+PYTHON = {
+    "liger-kernel": {
+        "liger_kernel.ops.rms_norm.LigerRMSNormFunction.apply": (
+            "liger_kernel/ops/rms_norm.py",
+            "LigerRMSNormFunction.forward",
+        ),
+        "liger_kernel.ops.fused_linear_cross_entropy.LigerFusedLinearCrossEntropyFunction.apply": (
+            "liger_kernel/ops/fused_linear_cross_entropy.py",
+            "LigerFusedLinearCrossEntropyFunction.forward",
+        ),
+    },
+    "tutel": {
+        "tutel.moe.fast_cumsum_sub_one": ("tutel/jit_kernels/gating.py", "fast_cumsum_sub_one"),
+        "tutel.moe.fast_dispatcher": ("tutel/impls/fast_dispatch.py", "TutelMoeFastDispatcher.__init__"),
+        "tutel.moe.fast_dispatcher.update": (
+            "tutel/impls/fast_dispatch.py",
+            "TutelMoeFastDispatcher.update",
+        ),
+        "tutel.moe.fast_dispatcher.encode": (
+            "tutel/impls/fast_dispatch.py",
+            "TutelMoeFastDispatcher.encode",
+        ),
+        "tutel.moe.fast_dispatcher.decode": (
+            "tutel/impls/fast_dispatch.py",
+            "TutelMoeFastDispatcher.decode",
+        ),
+    },
+    # Imported for its effect; of its device part the first column would be torch.xpu's own.
+    "intel-extension-for-pytorch": {
+        "intel_extension_for_pytorch.optimize": (
+            "intel_extension_for_pytorch/frontend.py",
+            "optimize",
+        ),
+    },
+}
+
+
+def registered(library: bytes) -> Iterator[tuple[str, str]]:
+    """Name with its overload, and schema, of every function in ``FUNCTIONS`` that a library registers."""
+    found = re.findall(rb"\b((npu_\w+)(?:\.\w+)?\([ -~]*?\) -> [ -~]+)\0", library)
+    for schema, name in sorted(set(found)):
+        if name.decode() in FUNCTIONS:
+            text = schema.decode()
+            yield text.partition("(")[0], text
+
+
+def defined(source: str, name: str) -> str:
+    """The parameters of a function or method as written, without self, ctx or annotations."""
+    body: list[ast.stmt] = ast.parse(source).body
+    *classes, function = name.split(".")
+    for part in classes:
+        body = next(node.body for node in body if isinstance(node, ast.ClassDef) and node.name == part)
+    (node,) = (node for node in body if isinstance(node, ast.FunctionDef) and node.name == function)
+    arguments = node.args
+    for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs):
+        argument.annotation = None
+    if classes:
+        del arguments.args[0]
+    # A default that is a name of the module means a value that only the module knows.
+    arguments.defaults = [_constant(value) for value in arguments.defaults]
+    arguments.kw_defaults = [value and _constant(value) for value in arguments.kw_defaults]
+    return f"({ast.unparse(arguments)})"
+
+
+def _constant(value: ast.expr) -> ast.expr:
+    try:
+        ast.literal_eval(value)
+    except ValueError:
+        return ast.Constant(Ellipsis)
+    return value
+
+
+def read(folder: Path) -> dict[str, dict[str, dict]]:
+    """Per package and release: the file it came from, its hash, and what its functions take."""
+    packages: dict[str, dict[str, dict]] = {PLUGIN: {}, **{package: {} for package in PYTHON}}
+    for wheel in sorted(folder.rglob("*.whl")):
+        name, release, *_ = wheel.name.split("-")
+        package = next((known for known in packages if known.replace("-", "_") == name), None)
+        if package is None:
+            continue
+        with zipfile.ZipFile(wheel) as archive:
+            if package == PLUGIN:
+                functions = dict(registered(archive.read(LIBRARY)))
+            else:
+                functions = {
+                    called: defined(archive.read(path).decode(), name)
+                    for called, (path, name) in PYTHON[package].items()
+                }
+        sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        packages[package][release] = {"file": wheel.name, "sha256": sha256, "functions": functions}
+    for source in sorted(path for path in folder.iterdir() if path.is_dir()):
+        package, _, commit = source.name.partition("-")
+        if package in PYTHON and commit:
+            functions = {
+                called: defined((source / path).read_text(encoding="utf-8"), name)
+                for called, (path, name) in PYTHON[package].items()
+            }
+            packages[package][commit] = {"file": source.name, "functions": functions}
+    return packages
+
+
+if __name__ == "__main__":
+    SIGNATURES.write_text(json.dumps(read(Path(sys.argv[1])), indent=1, sort_keys=True) + "\n")
