@@ -4,15 +4,18 @@ import os
 from collections.abc import Mapping
 
 from portmoe.accelerator import Memory
+from portmoe.accelerator.probing import installed_version, release
 from portmoe.backends.npu.device import npu
+from portmoe.backends.npu.probe import BOTH_ALLOCATORS, NEWEST
 
 
 class NpuMemory(Memory):
     """torch_npu's caching allocator."""
 
     def environment(self) -> Mapping[str, str]:
-        # torch_npu aborts where its own variable and torch's are both set.
-        if "PYTORCH_ALLOC_CONF" in os.environ:
+        # torch_npu aborts where its own variable and torch's are both set; older ones know their own alone.
+        plugin = installed_version("torch_npu") or NEWEST
+        if "PYTORCH_ALLOC_CONF" in os.environ and release(plugin)[:2] >= BOTH_ALLOCATORS:
             return {}
         return {"PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"}
 

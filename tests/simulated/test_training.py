@@ -36,6 +36,7 @@ STACK = {
     "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
     "HCCL_CONNECT_TIMEOUT": "600",
     "HCCL_EXEC_TIMEOUT": "600",
+    "HCCL_EVENT_TIMEOUT": "660",
     "HCCL_DETERMINISTIC": "true",
 }
 
