@@ -26,7 +26,9 @@ def workload(dtype=torch.float32, device=CPU, **changes):
         "capacity": 12,
         "equal_segments": True,
     }
-    return Workload(device=device, dtype=dtype, **(sizes | changes))
+    sizes |= changes
+    sizes.setdefault("dropless", sizes["capacity"] == 0)
+    return Workload(device=device, dtype=dtype, **sizes)
 
 
 def samples(operation, shapes):

@@ -33,6 +33,7 @@ class Workload:
     value_dim: int | None = None  # Dv, the width of v's heads; None: D
     vocab_parts: int = 1  # ranks the classes are cut over
     rows: int | None = None  # R, of the experts' ragged buffer; None: K·S
+    dropless: bool = False  # of a ragged buffer: each choice has a row, and each row a choice
 
 
 # Operation → site → its workload there; "" is an operation's default site. What is missing is not called.

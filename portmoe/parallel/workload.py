@@ -30,5 +30,6 @@ def workload_of(config: Config, layout: Layout, device: torch.device) -> Workloa
         # dummy samples of fixed length fill seq_len exactly; those of a data set do not
         equal_segments=config.data.train_folder is None and config.data.fixed_random_dataset_seqlen,
         qk_interleaved=model.qk_interleaved,
+        dropless=model.moe_type == "MegaBlock-D",
         random_drops=moe.use_rts and moe.drop_tokens and moe.top_k == 1,
     )

@@ -51,7 +51,16 @@ SHAPES: dict[str, Workload] = {
         qk_interleaved=True,
     ),
     "few tokens, many experts": replace(
-        _BASE, tokens=5, seq_len=5, hidden=8, heads=1, ffn_width=8, experts=16, top_k=1, capacity=0
+        _BASE,
+        tokens=5,
+        seq_len=5,
+        hidden=8,
+        heads=1,
+        ffn_width=8,
+        experts=16,
+        top_k=1,
+        capacity=0,
+        dropless=True,
     ),
     "larger": replace(
         _BASE, tokens=192, seq_len=64, hidden=64, heads=4, head_dim=16, ffn_width=80, vocab=517, capacity=96

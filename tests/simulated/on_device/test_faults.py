@@ -42,22 +42,31 @@ def test_nan_in_one_function():
         )
 
 
-def test_the_gradient_of_a_function_without_autograd():
-    x, w = torch.randn(4, 3, device=NPU), torch.randn(2, 5, 3, device=NPU)
+@pytest.mark.parametrize(
+    ("dtype", "planted", "factors"),
+    [
+        (torch.float32, "npu_grouped_matmul", (1.5, 1.0)),
+        (torch.bfloat16, "npu_grouped_matmul", (1.5, 1.0)),
+        (torch.bfloat16, "npu_grouped_matmul_add_", (1.0, 1.5)),
+    ],
+    ids=str,
+)
+def test_the_gradient_of_a_function_without_autograd(dtype, planted, factors):
+    x, w = torch.randn(4, 3, device=NPU).to(dtype), torch.randn(2, 5, 3, device=NPU).to(dtype)
     ends = torch.tensor([1, 4], device=NPU)
 
     def run():
         leaves = [t.clone().requires_grad_() for t in (x, w)]
-        y = GroupedLinear.apply(*leaves, ends)
+        y = GroupedLinear.apply(*leaves, ends, None)
         y.sum().backward()
         return [y.detach(), *(leaf.grad for leaf in leaves)]
 
     y, *grads = run()
-    with faults.planted("gradient:npu_grouped_matmul:1.5"):
+    with faults.planted(f"gradient:{planted}:1.5"):
         same, *wrong = run()
     assert torch.equal(same, y)
-    for ours, theirs in zip(wrong, grads, strict=True):
-        torch.testing.assert_close(ours, theirs * 1.5)
+    for ours, theirs, factor in zip(wrong, grads, factors, strict=True):
+        torch.testing.assert_close(ours, theirs * factor)
 
 
 def test_a_function_that_is_not_there():

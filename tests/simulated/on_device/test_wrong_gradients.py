@@ -3,6 +3,8 @@
 The optimizer's function has no gradient: its result is wrong instead.
 """
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch_npu import faults
@@ -32,9 +34,13 @@ dtypes = pytest.mark.parametrize(
 )
 
 
+@contextmanager
 def planted(implementation):
     kind = "wrong" if implementation.op == "adamw" else "gradient"
-    return faults.planted(f"{kind}:{implementation.name}:1.01")
+    # The second attention is taken on the product whose page the first one's is not.
+    product = "A3" if implementation.name == "npu_fusion_attention_v2" else "A2"
+    with faults.product(product), faults.planted(f"{kind}:{implementation.name}:1.01"):
+        yield
 
 
 def failed(implementation, dtype):

@@ -1,15 +1,24 @@
 """A stand-in for torch_npu: the documented functions on a SIMULATED device. Not the vendor's plug-in.
 
 torch loads it by itself, as it loads the real one, where this folder's parent is on PYTHONPATH. The functions
-keep the documented signatures, argument checks and restrictions; ``faults`` makes them fail on purpose.
+have the registered schemas and refuse what the documentation refuses; ``faults`` makes them fail on purpose.
 """
 
+import os
 from datetime import timedelta
 
-import torch
-import torch.distributed as dist
+_autoload_asked = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD")
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # imported before torch, this must not be imported again
 
-from torch_npu import build, faults
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from torch_npu import build, faults  # noqa: E402
+
+if _autoload_asked is None:
+    del os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"]
+else:
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = _autoload_asked
 
 __version__ = "2.13.0+simulated"
 

@@ -195,7 +195,7 @@ Fault fault_of(const std::string& name) {
 
 // What the vendor's list of supported operations lacks.
 void refuse_what_the_device_lacks(const c10::OperatorHandle& op, const torch::jit::Stack& arguments) {
-  static const std::set<std::string> lacking{"aten::_grouped_mm", "aten::_fused_adamw_"};
+  static const std::set<std::string> lacking{"aten::_grouped_mm"};
   static const std::set<std::string> any_dtype{
       "aten::view", "aten::as_strided", "aten::_reshape_alias", "aten::resize_", "aten::_local_scalar_dense",
       "aten::alias", "aten::zero_", "aten::fill_"};

@@ -4,6 +4,8 @@
 
     lack:OP               there is no such function, or no kernel
     fail:OP               the function raises a RuntimeError
+    crash:OP              the process ends as by a segmentation fault of the driver
+    hang:OP               the call never returns
     slow:OP:SECONDS       every call takes that much longer
     wrong:OP:FACTOR       the first result comes multiplied by FACTOR (nan: it is NaN)
     gradient:OP:FACTOR    the gradient of every input comes multiplied by FACTOR; for a function without
@@ -11,6 +13,8 @@
 """
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +24,8 @@ from typing import Any
 import torch
 
 VARIABLE = "SIMULATED_NPU_FAULTS"
-KINDS = ("lack", "fail", "slow", "wrong", "gradient")
+PRODUCT = "SIMULATED_NPU_PRODUCT"
+KINDS = ("lack", "fail", "crash", "hang", "slow", "wrong", "gradient")
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ def parse(text: str) -> Fault:
     kind, _, rest = text.partition(":")
     name, _, amount = rest.rpartition(":") if kind in ("slow", "wrong", "gradient") else (rest, "", "1")
     native = name.startswith("aten::")
-    if kind not in KINDS or not name or (native and kind in ("fail", "gradient")):
+    if kind not in KINDS or not name or (native and kind in ("fail", "crash", "hang", "gradient")):
         raise ValueError(f"{text!r} is no fault this device knows: see {__name__}")
     return Fault(kind, name, float(amount))
 
@@ -71,6 +76,22 @@ def memory_limit(bytes_: int) -> Iterator[None]:
         compiled.set_memory_limit(before)
 
 
+@contextmanager
+def product(name: str) -> Iterator[None]:
+    """A device of that product, "A2" or "A3", inside the block."""
+    before = npu_product()
+    os.environ[PRODUCT] = name
+    try:
+        yield
+    finally:
+        os.environ[PRODUCT] = before
+
+
+def npu_product() -> str:
+    """Which product the device stands for."""
+    return os.environ.get(PRODUCT, "A2")
+
+
 def lacking() -> set[str]:
     """The functions that are not there."""
     return {fault.op for fault in _planted if fault.kind == "lack"}
@@ -85,6 +106,10 @@ def subject_to_faults(function: Callable[..., Any]) -> Callable[..., Any]:
         for fault in mine:
             if fault.kind == "fail":
                 raise RuntimeError(f"call {name} failed (planted in the simulated npu)")
+            if fault.kind == "crash":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            if fault.kind == "hang":
+                threading.Event().wait()
             if fault.kind == "slow":
                 time.sleep(fault.amount)
         wrong = [fault for fault in mine if fault.kind == "wrong"]

@@ -4,6 +4,8 @@ from contextlib import contextmanager
 
 import torch
 
+from torch_npu import faults
+
 _compiled = torch.ops.simulated_npu
 
 
@@ -43,7 +45,8 @@ def synchronize(device=None):
 
 
 def get_device_name(device=None):
-    return "Simulated NPU (host memory and host kernels)"
+    model = {"A2": "NPU", "A3": "Ascend910_9392"}[faults.npu_product()]
+    return f"Simulated {model} (host memory and host kernels)"
 
 
 def is_bf16_supported():
