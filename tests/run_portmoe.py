@@ -2,9 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
+
+from free_port import free_port
+from zygote import Portmoe
 
 SMALL = {
     "data.seq_len": 32,
@@ -18,12 +20,17 @@ SMALL = {
 }
 
 
-def command(directory: Path, nproc: int = 1, **overrides: object) -> list[str]:
-    """The command line; ``overrides`` name config keys with "__" for the dot."""
+def arguments(directory: Path, nproc: int = 1, **overrides: object) -> list[str]:
+    """Those of ``portmoe``; ``overrides`` name config keys with "__" for the dot."""
     keys = SMALL | {key.replace("__", "."): value for key, value in overrides.items()}
     settings = [part for key, value in keys.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    train = [sys.executable, "-m", "portmoe", "train", "--backend", "cpu", "--nproc", str(nproc)]
+    train = ["train", "--backend", "cpu", "--nproc", str(nproc)]
     return [*train, "--set", f"run.directory={directory}", *settings]
+
+
+def command(directory: Path, nproc: int = 1, **overrides: object) -> list[str]:
+    """The command line of a process of its own."""
+    return [sys.executable, "-m", "portmoe", *arguments(directory, nproc, **overrides)]
 
 
 def environment() -> dict[str, str]:
@@ -32,11 +39,22 @@ def environment() -> dict[str, str]:
 
 
 def run(directory: Path, nproc: int = 1, **overrides: object) -> list[dict]:
-    """Train to the end; the records of metrics.jsonl."""
-    done = subprocess.run(
-        command(directory, nproc, **overrides), env=environment(), capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    """Train to the end, as so many ranks; the records of metrics.jsonl."""
+    line = arguments(directory, **overrides)
+    if nproc == 1:
+        ranks = [Portmoe(line, environment())]
+    else:
+        port = str(free_port())
+        common = {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc), "MASTER_PORT": port}
+        common |= environment() | {"MASTER_ADDR": "127.0.0.1"}
+        places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)]
+        ranks = [Portmoe(line, common | place) for place in places]
+    try:
+        said = [rank.communicate(280)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0] * nproc, "\n".join(said)
     return records(directory)
 
 

@@ -4,7 +4,6 @@ import contextlib
 import gc
 import io
 import json
-import multiprocessing as mp
 import os
 import traceback
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from free_port import free_port
+from zygote import CONTEXT
 
 PATIENCE = 120  # seconds for one call; a hang is a failure
 
@@ -21,14 +21,12 @@ class World:
     """``size`` processes. ``call`` runs a function in each, with a launcher's variables set."""
 
     def __init__(self, size: int) -> None:
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["portmoe.training.run", __name__])
         self.size = size
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, size), daemon=True)
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_serve, args=(theirs, rank, size), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)

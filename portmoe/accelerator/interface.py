@@ -137,7 +137,8 @@ class Device:
         """
         if on:
             set_unset(self.deterministic_environment())
-        torch.use_deterministic_algorithms(on)
+        if on != torch.are_deterministic_algorithms_enabled():  # to tell torch takes seconds of imports
+            torch.use_deterministic_algorithms(on)
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """Dense matrix FLOP/s of one device in ``dtype``; None if unknown.

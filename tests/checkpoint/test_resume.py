@@ -7,7 +7,8 @@ import subprocess
 import time
 
 import pytest
-from run_portmoe import command, environment, losses, records, run
+from run_portmoe import arguments, command, environment, losses, records, run
+from zygote import Portmoe
 
 SAVING = {"ckpt__enable_save_ckpt": True, "ckpt__checkpoint_every": 2, "data__total_steps": 40}
 
@@ -17,9 +18,13 @@ def whole(tmp_path_factory):
     return run(tmp_path_factory.mktemp("whole") / "run", **SAVING)
 
 
-def start(directory, **overrides):
+def start(directory):
+    return Portmoe(arguments(directory, **SAVING), environment())
+
+
+def start_command(directory, nproc):
     return subprocess.Popen(
-        command(directory, **SAVING, **overrides),
+        command(directory, nproc, **SAVING),
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -92,6 +97,6 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, whole):
 def test_two_ranks_killed_resume_too(tmp_path):
     whole = run(tmp_path / "whole", 2, **SAVING)
     directory = tmp_path / "run"
-    assert kill_when(start(directory, nproc=2), lambda: steps_done(directory) >= 11)
+    assert kill_when(start_command(directory, 2), lambda: steps_done(directory) >= 11)
     time.sleep(0.5)  # the ranks follow their parent
     assert losses(run(directory, 2, **SAVING)) == losses(whole)

@@ -2,15 +2,15 @@
 
 import gzip
 import json
-import subprocess
 
 import pytest
 import torch
 from agreement import workload
-from run_portmoe import command, environment
+from run_portmoe import arguments, environment
 from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from zygote import portmoe
 
 from portmoe.config import Config
 from portmoe.costs.step_cost import Cost, step_cost
@@ -25,9 +25,9 @@ from portmoe.profiling.spans import span
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory):
     directory = tmp_path_factory.mktemp("profiled") / "run"
-    arguments = [*command(directory, data__total_steps=4, model__checkpoint=0.5), "--profile"]
-    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    line = [*arguments(directory, data__total_steps=4, model__checkpoint=0.5), "--profile"]
+    done = portmoe(line, environment())
+    assert done.returncode == 0, done.stdout
     return directory, done.stdout
 
 

@@ -1,10 +1,10 @@
 """What a whole run leaves behind, started as a user starts it."""
 
 import json
-import subprocess
 
 import pytest
-from run_portmoe import command, environment, losses, records, run
+from run_portmoe import arguments, environment, losses, records, run
+from zygote import portmoe
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +80,7 @@ def test_another_global_batch_is_refused_on_resume(tmp_path):
     settings = {"ckpt__enable_save_ckpt": True, "data__total_steps": 2}
     run(tmp_path / "run", **settings)
     settings |= {"data__total_steps": 4, "data__global_batch_size": 8}
-    done = subprocess.run(
-        command(tmp_path / "run", **settings), env=environment(), capture_output=True, text=True
-    )
+    done = portmoe(arguments(tmp_path / "run", **settings), environment())
     assert done.returncode == 2
     assert "data.global_batch_size" in done.stderr
     assert "Traceback" not in done.stderr
@@ -105,8 +103,7 @@ def test_weights_of_another_run_are_a_starting_point(tmp_path):
 
 
 def test_a_model_larger_than_memory_is_refused(tmp_path):
-    line = command(tmp_path / "run", model__hidden_size=2**20)
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True)
+    done = portmoe(arguments(tmp_path / "run", model__hidden_size=2**20), environment())
     assert done.returncode == 3
     assert "GiB" in done.stderr
     assert "Traceback" not in done.stderr
