@@ -17,7 +17,7 @@ CONTEXT = mp.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         *("portmoe.training.run", "portmoe.cli.main", "portmoe.cli.train", "worlds"),
-        *("tensorboard.summary", "numpy.random"),  # imported by a run, and by nothing before it
+        *("tensorboard.summary", "numpy.random", "torch._dynamo"),  # imported by runs only
     ]
 )
 

@@ -3,6 +3,7 @@
 import math
 from importlib import metadata
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 from layout_keys import LOSS, assert_same
@@ -13,6 +14,7 @@ from portmoe.cli import main as command
 from portmoe.errors import ConfigError
 from portmoe.parallel.layout import Layout
 from portmoe.planning.memory_check import state_of_rank
+from portmoe.training.deepspeed_engine import DeepSpeedEngine
 
 ENGINE = "trainer.engine=deepspeed"
 NATIVE = "trainer.engine=native"
@@ -106,6 +108,20 @@ def test_a_step_that_overflowed_is_skipped(run_anew, number):
     assert first["grad_norm"]["0_default"] is None  # not finite
     assert second["loss_scale"] == first["loss_scale"] / 2
     assert math.isfinite(second["loss"])
+
+
+def test_a_step_that_deepspeed_skips_by_itself_has_norms_that_are_not_finite():
+    """Stage 3 looks at the gradients before it calls the optimizer: nothing sets the norms then."""
+    config = portmoe.load_config("tiny_moe4", ["model.num_layers=3"])
+    engine = object.__new__(DeepSpeedEngine)
+    engine._config = config
+    engine._zero = SimpleNamespace(step=lambda: None)
+    engine.optimizer = SimpleNamespace(groups={"default": {}, "experts": {}})
+    norms = engine._update(lr=1e-3, beta2=0.95, loss_scale=1.0)
+    assert list(norms) == ["default", "experts"]
+    for of_group in norms.values():
+        assert len(of_group) == 5  # the embedding, three layers, the head
+        assert all(map(math.isnan, of_group))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,10 @@ import time
 
 import pytest
 
+import portmoe
 from portmoe.cli import main as command
+from portmoe.costs.memory import activation_bytes
+from portmoe.parallel.layout import Layout
 
 MEASURED = """
 import resource, sys
@@ -88,6 +91,14 @@ def test_a_world_of_1024_ranks_with_a_pipeline(capsys):
         "send over pipeline, 4 ranks: 16 calls, 256.00 MiB",  # 8 · (4096 · 4096 · 2 bytes and one float)
     ):
         assert figure in text
+
+
+def test_a_rank_of_its_own_holds_the_activations_of_the_whole_model_once(capsys):
+    """The estimate of the whole model is held against what a process keeps in ``costs/test_memory.py``."""
+    config = portmoe.load_config("7b_moe4")
+    whole = activation_bytes(config, Layout.plan(config, 1).tokens_per_micro_batch)
+    shown_as = re.search(r"activations ([\d.]+) GiB", shown(capsys, "--config", "7b_moe4"))[1]
+    assert float(shown_as) == pytest.approx(whole / 2**30, abs=0.005)
 
 
 def test_recomputing_saves_activations(capsys):
