@@ -1,6 +1,5 @@
 """``portmoe bisect``."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -23,7 +22,10 @@ from portmoe.errors import ConfigError, TrainingError
     help="Of weights and data.  [default: run.seed of the config]",
 )
 @click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), default=None, help="A JSON file for the report."
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    help="A file for the report: JSON, or a page where its name ends in .html.",
 )
 def bisect(
     name: str, overrides: tuple[str, ...], reference: str, backend: str, seed: int | None, out: Path | None
@@ -47,8 +49,10 @@ def bisect(
         click.echo("\r\033[K", nl=False, err=True)
     click.echo(bisect_report.text(found))
     if out is not None:
+        as_page = out.suffix in (".html", ".htm")
+        report = bisect_report.html(found) if as_page else bisect_report.json(found)
         try:
-            out.write_text(json.dumps(bisect_report.as_dict(found), indent=1) + "\n", encoding="utf-8")
+            out.write_text(report, encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--out {str(out)!r} cannot be written: {error.strerror}") from error
     if not found.passed:

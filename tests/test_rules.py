@@ -191,6 +191,8 @@ def check_call(called, keywords, path):
 LEVEL = {
     "errors": 0,
     "cache": 0,
+    "files": 0,
+    "result": 0,
     "config": 0,
     "ops": 1,
     "checkpoint": 1,

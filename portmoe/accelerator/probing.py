@@ -4,16 +4,30 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from portmoe.result import Result
+
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Something wrong. ``fatal`` means the backend cannot train until it is fixed."""
+class Problem(Result):
+    """The result of a probe that found something wrong, as a backend says it.
 
-    summary: str
-    fix: str
-    fatal: bool = True
+    Args:
+        fatal: the backend cannot train until it is fixed.
+    """
+
+    def __init__(self, summary: str, fix: str, fatal: bool = True) -> None:
+        super().__init__("fail" if fatal else "warn", "probe", summary, fix)
+
+    @property
+    def summary(self) -> str:
+        """What is wrong."""
+        return self.detail
+
+    @property
+    def fatal(self) -> bool:
+        """Whether the backend cannot train."""
+        return self.status == "fail"
 
 
 @dataclass

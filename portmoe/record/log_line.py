@@ -5,13 +5,13 @@ trainer measured around them; ``step_record`` makes the ordered record of it tha
 ``metrics.jsonl``; ``to_text`` and ``to_json`` print the record.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from portmoe.data import DATA_TYPES
+from portmoe.files import json_text
 from portmoe.record.throughput import Speed
 
 
@@ -149,7 +149,7 @@ def to_text(record: Mapping[str, Any]) -> str:
 
 def to_json(record: Mapping[str, Any]) -> str:
     """One line of strict JSON: nan and infinities, which JSON does not have, become null."""
-    return json.dumps(_strict(record), allow_nan=False, ensure_ascii=False)
+    return json_text(record)
 
 
 def perplexity(mean_loss: float) -> float:
@@ -196,13 +196,3 @@ def _value_text(key: str, value: Any) -> str:
     if "tgs" in key:
         return f"{value:.2f}"
     return str(float(f"{value:.5g}"))
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_strict(item) for item in value]
-    return value

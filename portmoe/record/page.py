@@ -1,6 +1,7 @@
-"""A self-contained HTML page: headings, tables and plots."""
+"""The one HTML page of every report: a verdict, and sections of paragraphs, tables and plots."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 
 _STYLE = """
@@ -13,9 +14,22 @@ tr.skip td{color:#888}
 """
 
 
-def page(title: str, verdict: str, passed: bool, body: Sequence[str]) -> str:
-    """The whole document; ``body`` is HTML already, title and verdict are text."""
+@dataclass(frozen=True)
+class Section:
+    """A part of a page: blocks of HTML, as the functions here and in ``svg`` make them, under a heading."""
+
+    heading: str  # "": none
+    blocks: Sequence[str]
+
+
+def page(title: str, verdict: str, passed: bool, sections: Sequence[Section]) -> str:
+    """Return the whole document, which needs no other file; a section without blocks is left out."""
     state = "pass" if passed else "fail"
+    body = []
+    for section in sections:
+        if section.blocks:
+            body += [f"<h2>{escape(section.heading)}</h2>"] if section.heading else []
+            body += section.blocks
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<style>{_STYLE}</style></head><body><h1>{escape(title)} <span class="{state}">{escape(verdict)}'
@@ -23,11 +37,8 @@ def page(title: str, verdict: str, passed: bool, body: Sequence[str]) -> str:
     )
 
 
-def heading(text: str) -> str:
-    return f"<h2>{escape(text)}</h2>"
-
-
 def paragraph(text: str) -> str:
+    """Return a paragraph of ``text``."""
     return f"<p>{escape(text)}</p>"
 
 

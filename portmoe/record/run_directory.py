@@ -19,9 +19,11 @@ from portmoe.config import Config
 from portmoe.config.keys import walk
 from portmoe.config.read import dump_config, load_config
 from portmoe.errors import ConfigError, PortmoeError, TrainingError
+from portmoe.files import json_text, write_whole
+from portmoe.record.writers import METRICS
 
 RUNS = Path("runs")
-CONFIG, METRICS, STATUS, LOCK = "config.yaml", "metrics.jsonl", "status.json", ".lock"
+CONFIG, STATUS, LOCK = "config.yaml", "status.json", ".lock"
 
 
 @dataclass
@@ -69,11 +71,11 @@ class RunDirectory:
         """Write one file of the directory whole; on ranks other than 0 do nothing."""
         if self._lock is None:
             return
-        _write_whole(self.path / name, text)
+        _write(self.path / name, text)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """As ``write``, of an object."""
-        self.write(name, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+        self.write(name, json_text(content, indent=2) + "\n")
 
     def finish(self) -> None:
         """Note that the run has made all its steps."""
@@ -171,7 +173,7 @@ def _enter(path: Path, lock: IO[bytes], config: Config) -> RunDirectory:
     run.write(CONFIG, dump_config(config))
     if config.ckpt.enable_save_ckpt and checkpoints.parent != path:  # say whose they are there too
         checkpoints.mkdir(parents=True, exist_ok=True)
-        _write_whole(checkpoints / CONFIG, dump_config(config))
+        _write(checkpoints / CONFIG, dump_config(config))
     run.write_json(STATUS, {"state": "running"})
     return run
 
@@ -227,15 +229,9 @@ def _finished(path: Path) -> bool:
         return False
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """Replace a file at once: a reader, or a run killed here, never meets half of it."""
-    partial = path.with_name(f"{path.name}.partial")
+def _write(path: Path, text: str) -> None:
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_whole(path, text)
     except OSError as error:
         raise TrainingError(
             f"{path} cannot be written: {error.strerror}; free space or repair the disk"

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from portmoe.accelerator import Accelerator
 from portmoe.accelerator.discovery import load
 from portmoe.accelerator.probing import describe
-from portmoe.verify.backend.check import Check
+from portmoe.result import Result
 from portmoe.verify.machine.child import Outcome, report, run_python
 from portmoe.verify.machine.trials import COLLECTIVES
 
@@ -25,7 +25,7 @@ MOST_RANKS = 4
 ROUNDS = 5
 
 
-def check_collectives(name: str, accelerator: Accelerator, timeout: float) -> Iterator[Check]:
+def check_collectives(name: str, accelerator: Accelerator, timeout: float) -> Iterator[Result]:
     """Run every trial on up to four ranks: as many as devices, or four where ranks share one.
 
     Args:
@@ -45,7 +45,7 @@ def check_collectives(name: str, accelerator: Accelerator, timeout: float) -> It
         yield _gathered(subject, trial, outcomes)
 
 
-def _gathered(subject: str, trial: str, outcomes: list[Outcome]) -> Check:
+def _gathered(subject: str, trial: str, outcomes: list[Outcome]) -> Result:
     """One trial over all ranks: passed where every rank says so."""
     wrong, seconds = [], 0.0
     for rank, outcome in enumerate(outcomes):
@@ -56,7 +56,7 @@ def _gathered(subject: str, trial: str, outcomes: list[Outcome]) -> Check:
             seconds = max(seconds, record["seconds"])
             wrong += [f"rank {rank}: {record['wrong']}"] if record["wrong"] else []
     status = "fail" if wrong else "pass"
-    return Check("collectives", subject, trial, status, "; ".join(wrong), seconds=seconds)
+    return Result(status, trial, "; ".join(wrong), part="collectives", subject=subject, seconds=seconds)
 
 
 def _run(name: str, rank: int, ranks: int, store: str, timeout: timedelta) -> None:

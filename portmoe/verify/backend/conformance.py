@@ -23,9 +23,9 @@ from torch.utils import deterministic
 from portmoe.accelerator.probing import describe
 from portmoe.ops.operation import Implementation, Operation, Sample
 from portmoe.ops.table import REFERENCE
+from portmoe.result import Result
 from portmoe.verify.backend.calls import Results, call, copied, identical, named_arguments, poison
 from portmoe.verify.backend.cases import DTYPES, SHAPES, Case, cases, open_questions
-from portmoe.verify.backend.check import Check
 
 # A 16-bit result may be off by some per cent in single numbers, not on the whole: rounding averages out.
 # The allowed error of its scale, in eps of the dtype, where there are this many rows and numbers.
@@ -43,7 +43,7 @@ def check_operation(
     seed: int,
     dtypes: Sequence[torch.dtype] = DTYPES,
     shapes: Collection[str] = SHAPES,
-) -> Iterator[Check]:
+) -> Iterator[Result]:
     """Check every implementation in ``offered``, and the reference itself on ``device``."""
     candidates = [*offered, Implementation(operation.name, REFERENCE, operation.reference)]
     for dtype in dtypes:
@@ -75,7 +75,7 @@ class Tally:
 
 def _check(
     operation: Operation, candidate: Implementation, of_dtype: Sequence[Case], device: torch.device
-) -> Iterator[Check]:
+) -> Iterator[Result]:
     subject, dtype = f"{operation.name}.{candidate.name}", str(of_dtype[0].dtype).removeprefix("torch.")
     tallies = {name: Tally() for name in NAMES}
     refused: dict[str, str] = {}
@@ -99,14 +99,25 @@ def _check(
         yield _verdict(subject, f"{name}, {dtype}", tally, refused)
 
 
-def _verdict(subject: str, name: str, tally: Tally, refused: dict[str, str]) -> Check:
+def _verdict(subject: str, name: str, tally: Tally, refused: dict[str, str]) -> Result:
     if not tally.calls:
-        return Check("operations", subject, name, "skip", "; ".join(sorted(set(refused.values()))))
+        return Result(
+            "skip", name, "; ".join(sorted(set(refused.values()))), part="operations", subject=subject
+        )
     status = "fail" if tally.wrong or tally.needed > 1 else "pass"
     not_tried = "".join(f"; not tried with {shapes!r}: {why}" for shapes, why in refused.items())
     detail = (tally.wrong or tally.where) + not_tried
     needed = tally.needed * tally.allowed
-    return Check("operations", subject, name, status, detail, needed, tally.allowed, tally.seconds)
+    return Result(
+        status,
+        name,
+        detail,
+        part="operations",
+        subject=subject,
+        needed=needed,
+        allowed=tally.allowed,
+        seconds=tally.seconds,
+    )
 
 
 @dataclass

@@ -7,13 +7,13 @@ import torch
 
 from portmoe.accelerator import Accelerator
 from portmoe.accelerator.probing import describe
-from portmoe.verify.backend.check import Check
+from portmoe.result import Result
 
 SIZES = ((4096, torch.float32), (4096, torch.bfloat16), (1000, torch.float32))
 STEPS = 20
 
 
-def check_memory(accelerator: Accelerator, device: torch.device) -> Iterator[Check]:
+def check_memory(accelerator: Accelerator, device: torch.device) -> Iterator[Result]:
     """Each trial returns what is wrong, or nothing."""
     trials = {"reuse": _reuse, "steady state": _steady_state, "statistics": _statistics}
     for name, trial in trials.items():
@@ -23,7 +23,9 @@ def check_memory(accelerator: Accelerator, device: torch.device) -> Iterator[Che
         except Exception as error:
             wrong = f"raised {describe(error)}"
         status = "fail" if wrong else "pass"
-        yield Check("memory", "memory", name, status, wrong, seconds=time.perf_counter() - began)
+        yield Result(
+            status, name, wrong, part="memory", subject="memory", seconds=time.perf_counter() - began
+        )
 
 
 def _reuse(accelerator: Accelerator, device: torch.device) -> str:

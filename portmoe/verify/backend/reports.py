@@ -1,14 +1,15 @@
 """A report as terminal table, JSON, JUnit XML and HTML."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
 from portmoe.errors import ConfigError
+from portmoe.files import json_text, write_whole
 from portmoe.record import page, svg
-from portmoe.verify.backend.check import PARTS, Check, Report
+from portmoe.result import Result
+from portmoe.verify.backend.report import PARTS, Report
 
 COLUMNS = ("check", "outcome", "needed", "allowed", "where")
 MOST_DETAIL = 400  # characters of a detail in the table
@@ -21,14 +22,14 @@ def write(report: Report, directory: Path) -> list[Path]:
         ConfigError: the directory cannot be created or written.
     """
     contents = {
-        "report.json": json.dumps(report.as_dict(), indent=1, ensure_ascii=False, default=str) + "\n",
+        "report.json": json_text(report.as_dict(), indent=1, words=True) + "\n",
         "report.xml": junit(report),
         "report.html": html(report),
     }
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in contents.items():
-            (directory / name).write_text(text, encoding="utf-8")
+            write_whole(directory / name, text)
     except OSError as error:
         raise ConfigError(
             f"--out {str(directory)!r} cannot be written: {error.strerror}; give a directory that can"
@@ -60,9 +61,9 @@ def table(report: Report, style: Callable[[str, str], str] = lambda status, text
     return "\n".join(lines).lstrip("\n")
 
 
-def _rows(report: Report, part: str) -> list[tuple[str, list[Check]]]:
+def _rows(report: Report, part: str) -> list[tuple[str, list[Result]]]:
     """The checks of a part by the line of the table they share."""
-    rows: dict[str, list[Check]] = {}
+    rows: dict[str, list[Result]] = {}
     for check in report.of(part):
         kind, _, dtype = check.name.rpartition(", ") if part == "operations" else ("", "", check.name)
         rows.setdefault(f"{check.subject} {dtype}" if kind else f"{check.subject}: {check.name}", []).append(
@@ -71,7 +72,7 @@ def _rows(report: Report, part: str) -> list[tuple[str, list[Check]]]:
     return list(rows.items())
 
 
-def _badness(check: Check) -> tuple[int, float]:
+def _badness(check: Result) -> tuple[int, float]:
     """Sorts a failure above a pass above a skip, then by the share of the tolerance."""
     share = check.needed / check.allowed if check.needed is not None and check.allowed else 0.0
     return ("skip", "pass", "fail").index(check.status), math.inf if math.isnan(share) else share
@@ -118,17 +119,18 @@ def html(report: Report) -> str:
     """One page with the tables, the share of every tolerance used, and the training curves."""
     verdict = "passed" if report.passed else f"{len(report.failed)} checks failed"
     facts = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    body = [page.paragraph(f"{summary(report)}. {facts}")]
-    if report.failed:
-        body += [page.heading("Failed"), _html_table(report.failed)]
-    body += [svg.bars("share of the allowed tolerance that was needed, values", list(_shares(report)))]
+    plots = [svg.bars("share of the allowed tolerance that was needed, values", list(_shares(report)))]
     for curve in report.curves:
-        body.append(svg.lines(curve.label, [("recorded", curve.reference), (report.backend, curve.measured)]))
-    for part in PARTS:
-        checks = list(report.of(part))
-        if checks:
-            body += [page.heading(part), _html_table(checks)]
-    return page.page(f"portmoe validate: {report.backend}", verdict, report.passed, body)
+        plots.append(
+            svg.lines(curve.label, [("recorded", curve.reference), (report.backend, curve.measured)])
+        )
+    sections = [
+        page.Section("", [page.paragraph(f"{summary(report)}. {facts}")]),
+        page.Section("Failed", _html_table(report.failed)),
+        page.Section("", plots),
+        *(page.Section(part, _html_table(list(report.of(part)))) for part in PARTS),
+    ]
+    return page.page(f"portmoe validate: {report.backend}", verdict, report.passed, sections)
 
 
 def _shares(report: Report) -> Iterator[tuple[str, float, bool]]:
@@ -138,19 +140,19 @@ def _shares(report: Report) -> Iterator[tuple[str, float, bool]]:
             yield _label(check), math.inf if math.isnan(share) else share, check.status == "pass"
 
 
-def _html_table(checks: list[Check]) -> str:
+def _html_table(checks: list[Result]) -> list[str]:
     rows = [
         (c.status, (_label(c), c.status, _number(c.needed), _number(c.allowed), c.detail[:MOST_DETAIL]))
         for c in checks
     ]
-    return page.table(COLUMNS, rows)
+    return [page.table(COLUMNS, rows)] if rows else []
 
 
-def _label(check: Check) -> str:
+def _label(check: Result) -> str:
     return f"{check.subject}: {check.name}"
 
 
-def _figures(check: Check) -> str:
+def _figures(check: Result) -> str:
     if check.needed is None:
         return "failed"
     return f"needed {_number(check.needed)}, allowed {_number(check.allowed)}"

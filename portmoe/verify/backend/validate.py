@@ -10,10 +10,11 @@ from portmoe.accelerator.interface import set_unset
 from portmoe.accelerator.probing import describe
 from portmoe.ops import OPERATIONS
 from portmoe.ops.operation import Operation
-from portmoe.verify.backend.check import Check, Report
+from portmoe.result import Result
 from portmoe.verify.backend.collectives import check_collectives
 from portmoe.verify.backend.conformance import check_operation
 from portmoe.verify.backend.pool import check_memory
+from portmoe.verify.backend.report import Report
 from portmoe.verify.runs.training_run import check_training
 
 
@@ -48,11 +49,11 @@ def validate(backend: str, seed: int, timeout: float, progress: Callable[[str], 
 
 def check_operations(
     accelerator: Accelerator, device: torch.device, seed: int, progress: Callable[[str], None]
-) -> list[Check]:
+) -> list[Result]:
     """Conformance of every operation and every implementation the backend offers."""
     offered = accelerator.ops.implementations()
-    checks: list[Check] = [
-        Check("operations", f"{i.op}.{i.name}", "known", "fail", f"{i.op!r} is no operation")
+    checks: list[Result] = [
+        Result("fail", "known", f"{i.op!r} is no operation", part="operations", subject=f"{i.op}.{i.name}")
         for i in offered
         if i.op not in OPERATIONS
     ]
@@ -63,8 +64,8 @@ def check_operations(
     return checks
 
 
-def _checked(operation: Operation, mine: Sequence, device: torch.device, seed: int) -> list[Check]:
+def _checked(operation: Operation, mine: Sequence, device: torch.device, seed: int) -> list[Result]:
     try:
         return list(check_operation(operation, mine, device, seed))
     except Exception as error:  # the device itself gave up: the other operations are still worth a try
-        return [Check("operations", operation.name, "can be checked", "fail", describe(error))]
+        return [Result("fail", "can be checked", describe(error), part="operations", subject=operation.name)]

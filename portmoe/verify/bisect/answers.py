@@ -54,7 +54,7 @@ class Deviation:
         return self.error / self.explained if self.explained else float(self.error > 0)
 
 
-def replay(
+def deviations(
     made: Call, function: Callable[..., Any], device: torch.device, home: torch.device
 ) -> Iterator[Deviation]:
     """How far each result of ``function`` on ``device`` is off.

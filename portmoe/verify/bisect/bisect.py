@@ -2,7 +2,7 @@
 
 One micro-batch goes forward and backward through the plain references, and every operation's arguments and
 upstream gradients are kept. Each is then computed again on the backend from just these, so that an error
-made before it cannot be blamed on it, and compared with float64 (see ``replay``). The walk goes forward,
+made before it cannot be blamed on it, and compared with float64 (see ``answers``). The walk goes forward,
 then backward, then to the update.
 
 Last the whole model runs on the backend by itself. What lies between the operations shows there: sums,
@@ -29,7 +29,7 @@ from portmoe.training.engine import mean_loss
 from portmoe.training.loss_scale import LossScale
 from portmoe.training.operations import choose_operations
 from portmoe.training.schedule import beta2, learning_rate
-from portmoe.verify.bisect.answers import Deviation, replay
+from portmoe.verify.bisect.answers import Deviation, deviations
 from portmoe.verify.bisect.whole_model import Whole, compare_steps
 from portmoe.verify.runs.recording import PLAIN, Call, Recorder
 from portmoe.verify.runs.thresholds import thresholds_of
@@ -153,8 +153,8 @@ def bisect(config: Config, reference: str, backend: str, progress: Callable[[str
     for number, made in enumerate(calls, 1):
         progress(f"{number} of {len(calls)}: {made.name}")
         function, implementation = _on_backend(made, table)
-        deviations = list(replay(made, function, device, home))
-        judged.append(Judged(made.place, made.operation.name, implementation, deviations))
+        found = list(deviations(made, function, device, home))
+        judged.append(Judged(made.place, made.operation.name, implementation, found))
     progress("the whole model")
     whole = _whole(config, trusted_step, table, batch, device)
     return Bisection(

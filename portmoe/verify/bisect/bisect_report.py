@@ -1,11 +1,13 @@
-"""What the walk found, as text and as JSON."""
+"""What the walk found, as text, as a tree for JSON and as a page."""
 
-import math
 from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
+from portmoe.files import json_text, strict
 from portmoe.ops.table import REFERENCE
+from portmoe.record import page
+from portmoe.verify.bisect.answers import Deviation
 from portmoe.verify.bisect.bisect import Bisection, Defect, Phase
 
 PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
@@ -30,7 +32,7 @@ def text(found: Bisection) -> str:
 
 
 def as_dict(found: Bisection) -> dict[str, Any]:
-    """The same as JSON types; infinities, which JSON does not have, as strings."""
+    """Return the same as JSON types; infinities, which JSON does not have, as text."""
     defects = list(found.defects())
     document = {
         "reference": found.reference,
@@ -54,11 +56,43 @@ def as_dict(found: Bisection) -> dict[str, Any]:
         ],
         "notes": found.notes,
     }
-    return _json_ready(document)
+    return strict(document, words=True)
+
+
+def json(found: Bisection) -> str:
+    """Return ``as_dict`` as the text of a file."""
+    return json_text(as_dict(found), indent=1) + "\n"
+
+
+def html(found: Bisection) -> str:
+    """Return the page: what was walked, the defects in the order of the walk, every call's worst result."""
+    defects = list(found.defects())
+    rows = [
+        ("fail", (d.phase, d.judged.place, d.judged.subject, d.deviation.tensor, _figures(d.deviation)))
+        for d in defects
+    ]
+    calls = []
+    for judged in found.calls:
+        for phase in PHASES:
+            worst = judged.worst(phase)
+            if worst is not None:
+                state = "fail" if worst.defect else "pass"
+                calls.append((state, (phase, judged.place, judged.subject, worst.tensor, _figures(worst))))
+    columns = ("phase", "place", "operation", "tensor", "error")
+    sections = [
+        page.Section("", [page.paragraph(line) for line in text(found).splitlines() if line]),
+        page.Section("Wrong", [page.table(columns, rows)] if rows else []),
+        page.Section("Every call", [page.table(columns, calls)] if calls else []),
+    ]
+    return page.page(f"portmoe bisect: {found.backend}", verdict(found), found.passed, sections)
+
+
+def _figures(deviation: Deviation) -> str:
+    return deviation.wrong or f"{deviation.error:.1e} of {deviation.explained:.1e} explained"
 
 
 def verdict(found: Bisection) -> str:
-    """One line."""
+    """Return the outcome in one line."""
     first = next(found.defects(), None)
     if first is not None:
         return f"first wrong: {first.judged.place}: {first.judged.subject}, {first.phase}"
@@ -128,11 +162,3 @@ def _defect(found: Bisection, defect: Defect) -> dict[str, Any]:
         "wrong": defect.deviation.wrong,
         "switch_off": switch_off(found, defect),
     }
-
-
-def _json_ready(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _json_ready(item) for key, item in value.items()}
-    return [_json_ready(item) for item in value] if isinstance(value, list | tuple) else value

@@ -14,8 +14,8 @@ from portmoe.accelerator.discovery import find, import_torch, load, probe_of
 from portmoe.accelerator.preflight import preflight_of
 from portmoe.accelerator.probing import Probe, describe
 from portmoe.errors import BackendError
+from portmoe.result import Result, Status
 from portmoe.verify.machine.child import report
-from portmoe.verify.machine.finding import Finding, Level
 
 if TYPE_CHECKING:
     from portmoe.accelerator.interface import Accelerator
@@ -65,27 +65,27 @@ def try_out(name: str, rank: int, ranks: int, store_file: str, timeout: timedelt
     from portmoe.verify.machine import trials
 
     def attempt(
-        check: str, trial: Callable[..., Iterable[Finding]], *args: Any, fix: str, level: Level = "FAIL"
+        check: str, trial: Callable[..., Iterable[Result]], *args: Any, fix: str, level: Status = "fail"
     ) -> None:
         report({"begins": check})
         try:
             findings = list(trial(*args))
         except Exception as error:
-            findings = [Finding(level, check, describe(error), fix)]
+            findings = [Result(level, check, describe(error), fix)]
         for finding in findings:
-            if rank == 0 or finding.level != "OK":
+            if rank == 0 or finding.status != "pass":
                 report(asdict(finding))
 
     wanted = trials.wanted_environment(accelerator, preflight_of(find(name)), timeout)
     device = accelerator.open(rank)
     if rank == 0:
-        attempt("memory", trials.memory, accelerator, device, fix=trials.REINSTALL, level="WARN")
+        attempt("memory", trials.memory, accelerator, device, fix=trials.REINSTALL, level="warn")
         for dtype in trials.ALLOWED:
             level = trials.failure_level(dtype)
             check = trials.dtype_name(dtype)
             attempt(check, trials.forward_backward, device, dtype, fix=trials.OTHER_DTYPE, level=level)
 
-    def communicate() -> Iterable[Finding]:
+    def communicate() -> Iterable[Result]:
         accelerator.collectives.init(device, rank, ranks, timeout, dist.FileStore(store_file, ranks))
         yield from trials.collectives(accelerator, device)
         dist.destroy_process_group()
@@ -95,7 +95,7 @@ def try_out(name: str, rank: int, ranks: int, store_file: str, timeout: timedelt
     attempt("environment", trials.environment, wanted, deterministic, fix=trials.REINSTALL)
     if rank == 0:
 
-        def choice() -> Iterable[Finding]:
+        def choice() -> Iterable[Result]:
             record, findings = trials.operations(accelerator, device)
             report({"operations": record})
             return findings

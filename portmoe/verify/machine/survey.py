@@ -2,14 +2,16 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from portmoe.accelerator.discovery import AUTO, find, preference, registered
 from portmoe.accelerator.preflight import AUTOLOAD, plugins
-from portmoe.accelerator.probing import Problem, installed_version
+from portmoe.accelerator.probing import installed_version
+from portmoe.result import Result, Status
 from portmoe.verify.machine.child import Outcome, run_python
-from portmoe.verify.machine.finding import BackendReport, Finding, Report
+from portmoe.verify.machine.report import BackendReport, Report
 from portmoe.verify.machine.versions import check_versions, versions
 
 EXAMINE = ("-m", "portmoe.verify.machine.examine")
@@ -32,23 +34,23 @@ def survey(asked: str, timeout: float) -> Report:
     torch = installed_version("torch")
     problem, report.backends = _probe(names, asked, {}, timeout)
     if problem is None:
-        report.findings.append(Finding("OK", "torch", f"{torch} imports"))
+        report.findings.append(Result("pass", "torch", f"{torch} imports"))
     else:
-        report.findings.append(Finding("FAIL", "torch", problem.summary, problem.fix))
+        report.findings.append(problem)
         still, report.backends = _probe(names, asked, WITHOUT_PLUGINS, timeout)
         if still is None:
             text = f"{torch} itself is sound: with {AUTOLOAD}=0 it imports; the checks below ran with that"
-            report.findings.append(Finding("OK", "torch", text))
+            report.findings.append(Result("pass", "torch", text))
         for backend in report.backends:
             more = "; with it, all of the above works" if backend.can_train and backend.findings else ""
-            backend.block(Finding("FAIL", "torch", f"torch cannot be imported{more}", REPAIR_TORCH))
+            backend.block(Result("fail", "torch", f"torch cannot be imported{more}", REPAIR_TORCH))
     report.backends.sort(key=lambda b: (not b.can_train, preference(b.priority, b.name)))
     return report
 
 
 def _probe(
     names: Sequence[str], asked: str, environment: Mapping[str, str], timeout: float
-) -> tuple[Problem | None, list[BackendReport]]:
+) -> tuple[Result | None, list[BackendReport]]:
     """Import torch and probe all backends in one child; where one takes it down, go on with the others.
 
     Returns why torch cannot be imported, if so, and a report per backend, which is empty then.
@@ -69,18 +71,21 @@ def _probe(
     return None, reports
 
 
-def _import_problem(outcome: Outcome) -> Problem | None:
+def _import_problem(outcome: Outcome) -> Result | None:
     """Why the child could not import torch; None if it could."""
     if outcome.records:
         problem = outcome.records[0]["torch"]
-        return Problem(**problem) if problem else None
+        return replace(Result(**problem), name="torch") if problem else None
     loaded = ", ".join(sorted(plugins().values()))
     if loaded:
-        return Problem(
+        return Result(
+            "fail",
+            "torch",
             f"importing torch {outcome.ending} while it loads its plug-ins: {loaded}",
             f"repair or uninstall them; or, to train without, export {AUTOLOAD}=0",
         )
-    return Problem(f"importing torch {outcome.ending}: {outcome.last_line}", "install torch again")
+    what = f"importing torch {outcome.ending}: {outcome.last_line}"
+    return Result("fail", "torch", what, "install torch again")
 
 
 def _probed(
@@ -88,17 +93,16 @@ def _probed(
 ) -> BackendReport:
     """Turn a probe's record into a report; a backend that looks usable is then tried out."""
     backend = BackendReport(record["name"], record["priority"], record["facts"])
-    fatal = [problem for problem in record["problems"] if problem["fatal"]]
-    for problem in record["problems"]:
-        if not problem["fatal"]:
-            backend.findings.append(Finding("WARN", "probe", problem["summary"], problem["fix"]))
+    problems = [Result(**problem) for problem in record["problems"]]
+    backend.findings += [problem for problem in problems if problem.status == "warn"]
     # Accelerators that are not in this machine are no failure of it, unless one was asked for.
-    level = "FAIL" if record["present"] or asked == backend.name else "WARN"
-    for problem in fatal:
-        backend.block(Finding(level, "probe", problem["summary"], problem["fix"]))
+    status: Status = "fail" if record["present"] or asked == backend.name else "warn"
+    for problem in problems:
+        if problem.status == "fail":
+            backend.block(replace(problem, status=status))
     if backend.can_train:
         facts = "; ".join(f"{key} {value}" for key, value in backend.facts.items())
-        backend.findings.insert(0, Finding("OK", "device", facts))
+        backend.findings.insert(0, Result("pass", "device", facts))
         _try_out(backend, record["ranks"], environment, timeout)
     return backend
 
@@ -122,16 +126,16 @@ def _try_out(backend: BackendReport, ranks: int, environment: Mapping[str, str],
             elif "operations" in record:
                 backend.operations = record["operations"]
             else:
-                backend.findings.append(Finding(**record))
-                backend.can_train = backend.can_train and record["level"] != "FAIL"
+                backend.findings.append(Result(**record))
+                backend.can_train = backend.can_train and record["status"] != "fail"
         if outcome.ending is not None:
             backend.block(_died(doing if ranks == 1 else f"{doing} (rank {rank} of {ranks})", outcome))
 
 
-def _died(check: str, outcome: Outcome) -> Finding:
+def _died(check: str, outcome: Outcome) -> Result:
     ending = outcome.ending or "reported nothing"
-    return Finding(
-        "FAIL",
+    return Result(
+        "fail",
         check,
         f"the process that tried it {ending}: {outcome.last_line}",
         "this points at the driver or the vendor's packages: reinstall them in versions that go together",

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from portmoe.accelerator.discovery import AUTO
-from portmoe.verify.machine.finding import Finding, Level, Report
+from portmoe.result import Result
+from portmoe.verify.machine.report import LEVELS, Report
 
-Paint = Callable[[Level, str], str]
+Paint = Callable[[str, str], str]
 
 
 def render(report: Report, paint: Paint = lambda level, tag: tag) -> str:
-    """The whole report. ``paint`` may colour a finding's tag, as "[WARN]", by its level."""
+    """Return the whole report. ``paint`` may colour a finding's tag, as "[WARN]", by its level."""
     return "\n".join(_lines(report, paint))
 
 
@@ -19,7 +20,7 @@ def _lines(report: Report, paint: Paint) -> Iterator[str]:
     for backend in report.backends:
         yield ""
         yield f"{backend.name}: {'can train' if backend.can_train else 'cannot train'} on this machine"
-        if backend.facts and not any(finding.check == "device" for finding in backend.findings):
+        if backend.facts and not any(finding.name == "device" for finding in backend.findings):
             yield "       found  " + "; ".join(f"{key}: {value}" for key, value in backend.facts.items())
         yield from _findings(backend.findings, paint)
     if report.asked == AUTO:
@@ -30,10 +31,11 @@ def _lines(report: Report, paint: Paint) -> Iterator[str]:
             yield "No backend can train on this machine."
 
 
-def _findings(findings: Sequence[Finding], paint: Paint) -> Iterator[str]:
-    width = max((len(finding.check) for finding in findings), default=0)
+def _findings(findings: Sequence[Result], paint: Paint) -> Iterator[str]:
+    width = max((len(finding.name) for finding in findings), default=0)
     for finding in findings:
-        tag = f"[{finding.level}]"
-        yield f"{paint(finding.level, tag)}{'':<{7 - len(tag)}}{finding.check:<{width}}  {finding.text}"
+        level = LEVELS[finding.status]
+        tag = f"[{level}]"
+        yield f"{paint(level, tag)}{'':<{7 - len(tag)}}{finding.name:<{width}}  {finding.detail}"
         if finding.fix:
             yield f"{'':<{9 + width}}fix: {finding.fix}"

@@ -16,7 +16,7 @@ from portmoe.ops import OPERATIONS, choose
 from portmoe.ops.table import Choice
 from portmoe.parallel.layout import Layout
 from portmoe.parallel.workload import workload_of
-from portmoe.verify.machine.finding import Finding, Level
+from portmoe.result import Result, Status
 
 # A model small enough to choose for at once; everything else as by default.
 SMALL = Config.model_validate(
@@ -37,7 +37,7 @@ CHECK_NETWORK = (
 )
 
 
-def memory(accelerator: Accelerator, device: torch.device) -> Iterator[Finding]:
+def memory(accelerator: Accelerator, device: torch.device) -> Iterator[Result]:
     """Allocate a buffer and see that the statistics notice."""
     before = accelerator.memory.allocated()
     buffer = torch.ones(2**24, dtype=torch.uint8, device=device)
@@ -45,11 +45,9 @@ def memory(accelerator: Accelerator, device: torch.device) -> Iterator[Finding]:
     total = accelerator.memory.total() / 2**30
     text = f"{total:.1f} GiB on {device}"
     if after - before < buffer.numel() // 2:
-        yield Finding(
-            "WARN", "memory", f"{text}; 16 MiB allocated, {after - before} bytes counted", REINSTALL
-        )
+        yield Result("warn", "memory", f"{text}; 16 MiB allocated, {after - before} bytes counted", REINSTALL)
     else:
-        yield Finding("OK", "memory", text)
+        yield Result("pass", "memory", text)
 
 
 def wanted_environment(accelerator: Accelerator, preflight: Preflight, timeout: timedelta) -> list[str]:
@@ -63,13 +61,13 @@ def wanted_environment(accelerator: Accelerator, preflight: Preflight, timeout: 
     return sorted({PEAK_VARIABLE, *(key for part in parts for key in part)})
 
 
-def environment(names: Iterable[str], deterministic: Mapping[str, str]) -> Iterator[Finding]:
+def environment(names: Iterable[str], deterministic: Mapping[str, str]) -> Iterator[Result]:
     """The values these variables have in the end, and what ``cudnn_deterministic`` sets besides."""
     values = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
     text = ", ".join(values) or "needs no variables"
     if more := [f"{name}={os.environ.get(name, value)}" for name, value in deterministic.items()]:
         text += f"; with cudnn_deterministic also {', '.join(more)}"
-    yield Finding("OK", "environment", text)
+    yield Result("pass", "environment", text)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -77,7 +75,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def forward_backward(device: torch.device, dtype: torch.dtype) -> Iterator[Finding]:
+def forward_backward(device: torch.device, dtype: torch.dtype) -> Iterator[Result]:
     """A two-layer product with its gradients in ``dtype``, against float64 on the CPU."""
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(shape, generator=generator).to(dtype) for shape in ((16, 32), (64, 32), (32, 64))]
@@ -86,14 +84,14 @@ def forward_backward(device: torch.device, dtype: torch.dtype) -> Iterator[Findi
     error = max(((g.cpu().double() - e).norm() / e.norm()).item() for g, e in zip(got, expected, strict=True))
     text = f"forward and backward, relative error {error:.1e} of float64's (allowed {ALLOWED[dtype]:.0e})"
     if error <= ALLOWED[dtype]:  # false for nan too
-        yield Finding("OK", dtype_name(dtype), text)
+        yield Result("pass", dtype_name(dtype), text)
     else:
-        yield Finding(failure_level(dtype), dtype_name(dtype), text, OTHER_DTYPE)
+        yield Result(failure_level(dtype), dtype_name(dtype), text, OTHER_DTYPE)
 
 
-def failure_level(dtype: torch.dtype) -> Level:
+def failure_level(dtype: torch.dtype) -> Status:
     """Without float32 nothing can be trained: every dtype keeps masters in it."""
-    return "FAIL" if dtype == torch.float32 else "WARN"
+    return "fail" if dtype == torch.float32 else "warn"
 
 
 def _forward_backward(values: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -103,7 +101,7 @@ def _forward_backward(values: list[torch.Tensor]) -> list[torch.Tensor]:
     return [y_TH.detach(), *torch.autograd.grad(y_TH.to(wide).square().mean(), [x_TH, up_FH, down_HF])]
 
 
-def collectives(accelerator: Accelerator, device: torch.device) -> Iterator[Finding]:
+def collectives(accelerator: Accelerator, device: torch.device) -> Iterator[Result]:
     """Every collective training uses, with values that tell the ranks apart. Needs the process group."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     wrong = []
@@ -116,9 +114,9 @@ def collectives(accelerator: Accelerator, device: torch.device) -> Iterator[Find
             wrong.append(f"{name} gave {got.cpu().tolist()} instead of {expected} on rank {rank}")
     where = f"{accelerator.collectives.backend}, {ranks} rank{'s' if ranks > 1 else ''} on this machine"
     if wrong:
-        yield Finding("FAIL", "collectives", f"{where}: {'; '.join(wrong)}", REINSTALL)
+        yield Result("fail", "collectives", f"{where}: {'; '.join(wrong)}", REINSTALL)
     else:
-        yield Finding("OK", "collectives", f"{where}: {', '.join(COLLECTIVES)}")
+        yield Result("pass", "collectives", f"{where}: {', '.join(COLLECTIVES)}")
 
 
 def _all_reduce(rank: int, ranks: int, device: torch.device) -> tuple[torch.Tensor, list[float]]:
@@ -159,13 +157,13 @@ COLLECTIVES: dict[str, Trial] = {
 }
 
 
-def operations(accelerator: Accelerator, device: torch.device) -> tuple[dict[str, Any], list[Finding]]:
+def operations(accelerator: Accelerator, device: torch.device) -> tuple[dict[str, Any], list[Result]]:
     """Choose implementations for a small workload and the config's defaults: the record, and findings."""
     workload = workload_of(SMALL, Layout.plan(SMALL, 1), device)
     unmet: list[str] = []
     table = choose(OPERATIONS, accelerator.ops.implementations(), workload, SMALL, unmet.append)
-    findings = [Finding("OK", choice.key, _describe(choice)) for choice in table.choices if choice.chosen]
-    findings += [Finding("WARN", "operations", line, SAME_FUNCTION) for line in unmet]
+    findings = [Result("pass", choice.key, _describe(choice)) for choice in table.choices if choice.chosen]
+    findings += [Result("warn", "operations", line, SAME_FUNCTION) for line in unmet]
     return table.record(), findings
 
 

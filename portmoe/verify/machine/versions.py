@@ -6,7 +6,7 @@ from importlib.metadata import requires
 
 import portmoe
 from portmoe.accelerator.probing import installed_version, release
-from portmoe.verify.machine.finding import Finding
+from portmoe.result import Result
 
 
 def versions() -> dict[str, str]:
@@ -16,18 +16,18 @@ def versions() -> dict[str, str]:
     return found | {name: installed_version(name) or "none" for name in _oldest()}
 
 
-def check_versions() -> list[Finding]:
+def check_versions() -> list[Result]:
     """A finding per required package that is missing or too old; one that all is well otherwise."""
     findings = []
     for name, oldest in _oldest().items():
         found = installed_version(name)
         if found is None or release(found) < release(oldest):
             what = f"{name} {found} is older than {oldest}" if found else f"{name} is not installed"
-            findings.append(Finding("FAIL", "packages", what, f"pip install '{name}>={oldest}'"))
+            findings.append(Result("fail", "packages", what, f"pip install '{name}>={oldest}'"))
     if findings:
         return findings
     listed = ", ".join(f"{name} {installed_version(name)}" for name in _oldest())
-    return [Finding("OK", "packages", listed)]
+    return [Result("pass", "packages", listed)]
 
 
 def _oldest() -> dict[str, str]:

@@ -46,26 +46,28 @@ def html(found: Comparison) -> str:
         ("first", found.first.name, f"{loss.mean_first:.6g}"),
         ("second", found.second.name, f"{loss.mean_second:.6g}"),
     ]
-    body = [
-        page.table(("run", "where", "mean loss"), [("", row) for row in rows]),
-        page.paragraph(
-            f"{len(found.steps)} steps in common. Largest relative deviation of the loss {loss.largest:.2e}. "
-            f"Variance of the difference {loss.variance:.2e}: the benchmark's figure, by which a constant "
-            "offset scores 0."
-        ),
-        *map(page.paragraph, found.notes),
-        page.heading("Quantities"),
-        page.table(
-            ("quantity", "largest deviation", "allowed", "leaves the band at step"),
-            [_row(j) for j in found.quantities],
-        ),
-        page.heading("Curves"),
-        *(plot for j in found.quantities if "layer" not in j.distance.label for plot in _plots(j, names)),
-    ]
     layers = [j for j in found.quantities if "layer" in j.distance.label]
-    if layers:
-        body += [page.heading("Layers"), svg.bars("largest share of the allowed deviation", _shares(layers))]
-    return page.page("portmoe compare", verdict(found), found.passed, body)
+    others = [j for j in found.quantities if "layer" not in j.distance.label]
+    columns = ("quantity", "largest deviation", "allowed", "leaves the band at step")
+    shares = "largest share of the allowed deviation"
+    sections = [
+        page.Section(
+            "",
+            [
+                page.table(("run", "where", "mean loss"), [("", row) for row in rows]),
+                page.paragraph(
+                    f"{len(found.steps)} steps in common. Largest relative deviation of the loss "
+                    f"{loss.largest:.2e}. Variance of the difference {loss.variance:.2e}: the benchmark's "
+                    "figure, by which a constant offset scores 0."
+                ),
+                *map(page.paragraph, found.notes),
+            ],
+        ),
+        page.Section("Quantities", [page.table(columns, [_row(j) for j in found.quantities])]),
+        page.Section("Curves", [plot for j in others for plot in _plots(j, names)]),
+        page.Section("Layers", [svg.bars(shares, _shares(layers))] if layers else []),
+    ]
+    return page.page("portmoe compare", verdict(found), found.passed, sections)
 
 
 def _line(judged: Judged, width: int) -> str:

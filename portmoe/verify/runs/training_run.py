@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from portmoe.verify.machine.child import run_python
+from portmoe.files import json_text, write_whole
 from portmoe.ops import OPERATIONS
 from portmoe.ops.table import REFERENCE
 from portmoe.record.writers import METRICS, read_metrics
-from portmoe.verify.backend.check import Check, Curve
+from portmoe.verify.backend.report import Curve
+from portmoe.result import Result
 from portmoe.verify.runs.curves import Distance, distance, group_norms, layer_norms
 from portmoe.verify.runs.thresholds import FLOAT32, Thresholds
 
@@ -32,7 +34,7 @@ def reference() -> list[dict[str, Any]]:
     return json.loads(text)["steps"]
 
 
-def check_training(backend: str, timeout: float) -> tuple[list[Check], list[Curve]]:
+def check_training(backend: str, timeout: float) -> tuple[list[Result], list[Curve]]:
     """Train in a child process and compare; ``timeout`` in seconds."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="portmoe-") as folder:
@@ -42,18 +44,18 @@ def check_training(backend: str, timeout: float) -> tuple[list[Check], list[Curv
         run = list(read_metrics(directory / METRICS)) if (directory / METRICS).exists() else []
     if outcome.ending is not None:
         detail = f"{outcome.ending} after {len(run)} steps: {outcome.last_line}"
-        return [Check("training", "reference run", "completes", "fail", detail, seconds=seconds)], []
-    checks = [Check("training", "reference run", "completes", "pass", seconds=seconds)]
+        return [Result("fail", "completes", detail, part="training", subject="reference run", seconds=seconds)], []
+    checks = [Result("pass", "completes", part="training", subject="reference run", seconds=seconds)]
     return checks + list(compare_with(reference(), run)), list(_curves(reference(), run))
 
 
 def compare_with(
     recorded: Sequence[dict[str, Any]], run: Sequence[dict[str, Any]], limits: Thresholds = FLOAT32
-) -> Iterator[Check]:
+) -> Iterator[Result]:
     """One check per quantity."""
     if len(run) != len(recorded):
         detail = f"{len(run)} steps instead of {len(recorded)}"
-        yield Check("training", "reference run", "steps", "fail", detail)
+        yield Result("fail", "steps", detail, part="training", subject="reference run")
         return
     for key, band in (("loss", limits.loss), ("moe_loss", limits.loss)):
         yield _check(distance(key, [r[key] for r in recorded], [r[key] for r in run]), band)
@@ -65,7 +67,7 @@ def compare_with(
             yield _check(found, band, first)
 
 
-def _check(found: Distance, band: float, first: float | None = None) -> Check:
+def _check(found: Distance, band: float, first: float | None = None) -> Result:
     step = found.leaves(band, first)
     detail = (
         ""
@@ -73,7 +75,7 @@ def _check(found: Distance, band: float, first: float | None = None) -> Check:
         else f"leaves the band at step {step}: {found.second[step]}, recorded {found.first[step]}"
     )
     status = "pass" if step is None else "fail"
-    return Check("training", "reference run", found.label, status, detail, found.largest, band)
+    return Result(status, found.label, detail, part="training", subject="reference run", needed=found.largest, allowed=band)
 
 
 def _curves(recorded: Sequence[dict[str, Any]], run: Sequence[dict[str, Any]]) -> Iterator[Curve]:
@@ -121,7 +123,7 @@ def record() -> None:
         "steps": steps,
     }
     place = Path(__file__).with_name(REFERENCE_FILE)
-    place.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_whole(place, json_text(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,20 +7,44 @@ from xml.etree import ElementTree
 import pytest
 
 from portmoe.errors import ConfigError
+from portmoe.result import Result
 from portmoe.verify.backend import reports
-from portmoe.verify.backend.check import Check, Curve, Report
+from portmoe.verify.backend.report import Curve, Report
 
 
 @pytest.fixture
 def report():
     checks = [
-        Check("operations", "swiglu.fast", "values, float32", "pass", "plain: output", 1e-7, 1e-6, 0.5),
-        Check(
-            "operations", "swiglu.fast", "repeated, float32", "fail", "two calls <differ>\x00", math.inf, 1e-6
+        Result(
+            "pass",
+            "values, float32",
+            "plain: output",
+            part="operations",
+            subject="swiglu.fast",
+            needed=1e-7,
+            allowed=1e-6,
+            seconds=0.5,
         ),
-        Check("operations", "swiglu.fast", "values, bfloat16", "skip", "no bfloat16 here"),
-        Check("collectives", "gloo, 2 ranks", "values", "pass"),
-        Check("training", "reference run", "loss", "fail", "leaves the band at step 3", math.nan, 1e-5),
+        Result(
+            "fail",
+            "repeated, float32",
+            "two calls <differ>\x00",
+            part="operations",
+            subject="swiglu.fast",
+            needed=math.inf,
+            allowed=1e-6,
+        ),
+        Result("skip", "values, bfloat16", "no bfloat16 here", part="operations", subject="swiglu.fast"),
+        Result("pass", "values", part="collectives", subject="gloo, 2 ranks"),
+        Result(
+            "fail",
+            "loss",
+            "leaves the band at step 3",
+            part="training",
+            subject="reference run",
+            needed=math.nan,
+            allowed=1e-5,
+        ),
     ]
     curves = [Curve("loss", [3.0, 2.0, 1.0], [3.0, None, math.nan])]
     return Report("fake", "Fake Device", {"torch": "2"}, checks, curves)
@@ -30,7 +54,7 @@ def test_verdict(report):
     assert [check.name for check in report.failed] == ["repeated, float32", "loss"]
     assert not report.passed
     assert not Report("fake", "", {}).passed
-    assert Report("fake", "", {}, [Check("memory", "memory", "reuse", "pass")]).passed
+    assert Report("fake", "", {}, [Result("pass", "reuse", part="memory", subject="memory")]).passed
 
 
 def test_the_table_shows_the_worst_of_a_line_and_every_failure(report):

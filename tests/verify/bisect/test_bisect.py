@@ -126,7 +126,7 @@ def step_of(config):
     return walking._step(config, walking.reference_table(), batch, torch.device("cpu"))
 
 
-def test_what_is_replayed_is_what_the_model_computed():
+def test_what_is_called_again_is_what_the_model_computed():
     step = step_of(load_config("tiny_moe4", [*SMALL]))
     gradients = {name: p.grad for name, p in step.model.named_parameters()}
     compared = set()

@@ -52,21 +52,21 @@ def test_each_misbehaviour_is_a_finding_and_the_others_are_still_checked(toys):
     assert [name for name, backend in backends.items() if backend.can_train] == ["cpu"]
 
     def failures(name):
-        return [f for f in backends[name].findings if f.level != "OK"]
+        return [f for f in backends[name].findings if f.status != "pass"]
 
-    assert "ended by SIGSEGV" in failures("crashes")[0].text
-    assert "ValueError: the bus is on fire" in failures("raises")[0].text
-    assert "RuntimeError: device is busy" in failures("cannot_open")[0].text
+    assert "ended by SIGSEGV" in failures("crashes")[0].detail
+    assert "ValueError: the bus is on fire" in failures("raises")[0].detail
+    assert "RuntimeError: device is busy" in failures("cannot_open")[0].detail
     (absent,) = failures("absent")
-    assert (absent.level, absent.text, absent.fix) == ("WARN", "no toy card", "buy one")
+    assert (absent.status, absent.detail, absent.fix) == ("warn", "no toy card", "buy one")
     for name in BODIES:
         assert all(finding.fix for finding in failures(name))
 
-    cpu = {finding.check: finding for finding in backends["cpu"].findings}
-    assert cpu["collectives"].level == "OK"
-    assert "2 ranks" in cpu["collectives"].text
+    cpu = {finding.name: finding for finding in backends["cpu"].findings}
+    assert cpu["collectives"].status == "pass"
+    assert "2 ranks" in cpu["collectives"].detail
     for dtype in ("float32", "bfloat16", "float16"):
-        assert cpu[dtype].level == "OK"
+        assert cpu[dtype].status == "pass"
     assert backends["cpu"].operations["attention"]["chosen"]
 
     text = render(report)
@@ -81,9 +81,9 @@ def test_a_plug_in_that_crashes_torch_is_named(toys, install, monkeypatch):
     install("toy_plugin", source, "torch.backends", "toy_plugin", "autoload")
     monkeypatch.setattr(survey_module, "_try_out", lambda *_: None)  # tested with the healthy ones
     report = survey("cpu", timeout=100)
-    broken, sound = (finding for finding in report.findings if finding.check == "torch")
-    assert (broken.level, sound.level) == ("FAIL", "OK")
-    assert "ended by SIGSEGV while it loads its plug-ins: toy_plugin 1.5" in broken.text
+    broken, sound = (finding for finding in report.findings if finding.name == "torch")
+    assert (broken.status, sound.status) == ("fail", "pass")
+    assert "ended by SIGSEGV while it loads its plug-ins: toy_plugin 1.5" in broken.detail
     assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in broken.fix
     assert not report.can_train
 
@@ -92,7 +92,7 @@ def test_the_backend_asked_for_fails_where_it_is_absent(toys, monkeypatch):
     monkeypatch.setattr(discovery, "registered", survey_module.registered)
     report = survey("absent", timeout=100)
     assert not report.can_train
-    assert [(f.level, f.check) for f in report.backends[0].findings] == [("FAIL", "probe")]
+    assert [(f.status, f.name) for f in report.backends[0].findings] == [("fail", "probe")]
     assert "absent: cannot train on this machine" in render(report)
     assert os.environ.get("PORTMOE_REPORT") is None
 
@@ -101,5 +101,5 @@ def test_a_torch_that_cannot_be_imported_at_all_leaves_no_backend(toys, tmp_path
     (tmp_path / "torch.py").write_text("raise OSError('libtorch_cpu.so: file too short')", encoding="utf-8")
     report = survey("cpu", timeout=100)
     assert not report.can_train
-    assert "OSError: libtorch_cpu.so: file too short" in report.findings[-1].text
+    assert "OSError: libtorch_cpu.so: file too short" in report.findings[-1].detail
     assert "pip install" in report.findings[-1].fix

@@ -31,10 +31,10 @@ def group(cpu):
 @pytest.mark.parametrize("dtype", trials.ALLOWED)
 def test_every_dtype_passes_on_the_cpu(dtype):
     (finding,) = trials.forward_backward(CPU, dtype)
-    assert finding.level == "OK", finding
+    assert finding.status == "pass", finding
 
 
-@pytest.mark.parametrize(("dtype", "level"), [(torch.float32, "FAIL"), (torch.bfloat16, "WARN")])
+@pytest.mark.parametrize(("dtype", "level"), [(torch.float32, "fail"), (torch.bfloat16, "warn")])
 def test_a_product_that_is_ten_percent_off_is_noticed(monkeypatch, dtype, level):
     true_linear = F.linear
 
@@ -43,14 +43,14 @@ def test_a_product_that_is_ten_percent_off_is_noticed(monkeypatch, dtype, level)
 
     monkeypatch.setattr(F, "linear", wrong_linear)
     (finding,) = trials.forward_backward(CPU, dtype)
-    assert finding.level == level
+    assert finding.status == level
     assert finding.fix
 
 
 def test_nan_is_noticed(monkeypatch):
     monkeypatch.setattr(F, "silu", lambda x: x * (float("nan") if x.dtype == torch.float32 else 1))
     (finding,) = trials.forward_backward(CPU, torch.float32)
-    assert finding.level == "FAIL"
+    assert finding.status == "fail"
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_nan_is_noticed(monkeypatch):
 )
 def test_a_collective_with_wrong_values_is_named(cpu, group, monkeypatch, function, name):
     (finding,) = trials.collectives(cpu, CPU)
-    assert finding.level == "OK", finding
+    assert finding.status == "pass", finding
     true_collective = getattr(dist, function)
 
     def wrong(tensor, *others):
@@ -73,8 +73,8 @@ def test_a_collective_with_wrong_values_is_named(cpu, group, monkeypatch, functi
 
     monkeypatch.setattr(dist, function, wrong)
     (finding,) = trials.collectives(cpu, CPU)
-    assert finding.level == "FAIL"
-    assert f"{name} gave" in finding.text
+    assert finding.status == "fail"
+    assert f"{name} gave" in finding.detail
 
 
 def test_a_collective_that_is_not_offered_is_named(cpu, group):
@@ -82,8 +82,8 @@ def test_a_collective_that_is_not_offered_is_named(cpu, group):
         capabilities = frozenset({"all_reduce", "all_gather", "reduce_scatter"})
 
     (finding,) = trials.collectives(replace(cpu, collectives=Poor()), CPU)
-    assert finding.level == "FAIL"
-    assert "uneven_all_to_all is not offered" in finding.text
+    assert finding.status == "fail"
+    assert "uneven_all_to_all is not offered" in finding.detail
 
 
 def test_statistics_that_do_not_count_are_noticed(cpu):
@@ -91,8 +91,8 @@ def test_statistics_that_do_not_count_are_noticed(cpu):
         def allocated(self):
             return 0
 
-    assert next(trials.memory(cpu, CPU)).level == "OK"
-    assert next(trials.memory(replace(cpu, memory=Blind()), CPU)).level == "WARN"
+    assert next(trials.memory(cpu, CPU)).status == "pass"
+    assert next(trials.memory(replace(cpu, memory=Blind()), CPU)).status == "warn"
 
 
 def test_every_operation_gets_a_line_with_the_reason_why_a_preferred_one_was_not_taken(cpu):
@@ -104,7 +104,7 @@ def test_every_operation_gets_a_line_with_the_reason_why_a_preferred_one_was_not
             return [picky, *super().implementations()]
 
     record, findings = trials.operations(replace(cpu, ops=Offers()), CPU)
-    lines = {finding.check: finding.text for finding in findings if finding.level == "OK"}
+    lines = {finding.name: finding.detail for finding in findings if finding.status == "pass"}
     assert lines.keys() == record.keys() == OPERATIONS.keys()
     assert lines["megablock_gating"] == "reference (not fused: needs a moon)"
     assert record["megablock_gating"]["chosen"] == "reference"
@@ -114,8 +114,8 @@ def test_the_environment_shows_what_is_set(cpu, monkeypatch):
     monkeypatch.delenv("PORTMOE_PEAK_TFLOPS", raising=False)
     monkeypatch.setenv("TOY_MODE", "lax")
     wanted = trials.wanted_environment(cpu, Preflight(environment={"TOY_MODE": "x"}), timedelta(seconds=1))
-    assert next(trials.environment(wanted, {})).text == "TOY_MODE=lax"
-    assert next(trials.environment([], {})).text == "needs no variables"
+    assert next(trials.environment(wanted, {})).detail == "TOY_MODE=lax"
+    assert next(trials.environment([], {})).detail == "needs no variables"
     monkeypatch.delenv("TOY_ORDER", raising=False)
-    text = next(trials.environment(wanted, {"TOY_ORDER": "fixed"})).text
+    text = next(trials.environment(wanted, {"TOY_ORDER": "fixed"})).detail
     assert text == "TOY_MODE=lax; with cudnn_deterministic also TOY_ORDER=fixed"

@@ -1,20 +1,13 @@
-"""One thing a check found, and all of them together."""
+"""Everything found about a machine and its backends."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
-Level = Literal["OK", "WARN", "FAIL"]
+from portmoe.result import Result
 
-
-@dataclass(frozen=True)
-class Finding:
-    """The outcome of one check. ``fix`` says what to do about a WARN or FAIL."""
-
-    level: Level
-    check: str
-    text: str
-    fix: str | None = None
+# How the report shows a result's status.
+LEVELS = {"pass": "OK", "warn": "WARN", "fail": "FAIL"}
 
 
 @dataclass
@@ -27,11 +20,11 @@ class BackendReport:
     name: str
     priority: int = 0
     facts: dict[str, str] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Result] = field(default_factory=list)
     operations: dict[str, Any] = field(default_factory=dict)
     can_train: bool = True
 
-    def block(self, finding: Finding) -> None:
+    def block(self, finding: Result) -> None:
         """Add a finding that keeps the backend from training, whatever its level."""
         self.findings.append(finding)
         self.can_train = False
@@ -48,7 +41,7 @@ class Report:
 
     asked: str
     versions: dict[str, str]
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Result] = field(default_factory=list)
     backends: list[BackendReport] = field(default_factory=list)
 
     @property
@@ -81,5 +74,8 @@ class Report:
         }
 
 
-def _as_dicts(findings: Iterable[Finding]) -> list[dict[str, Any]]:
-    return [asdict(finding) for finding in findings]
+def _as_dicts(findings: Iterable[Result]) -> list[dict[str, Any]]:
+    return [
+        {"level": LEVELS[found.status], "check": found.name, "text": found.detail, "fix": found.fix}
+        for found in findings
+    ]

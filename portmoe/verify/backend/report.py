@@ -1,0 +1,55 @@
+"""Everything found about one backend."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from portmoe.result import Result
+
+# What report.json keeps of a check.
+RECORDED = ("part", "subject", "name", "status", "detail", "needed", "allowed", "seconds")
+PARTS = ("operations", "collectives", "memory", "training")
+
+
+@dataclass
+class Curve:
+    """One quantity of the training run by step, beside its reference."""
+
+    label: str
+    reference: Sequence[float]
+    measured: Sequence[float | None]
+
+
+@dataclass
+class Report:
+    """Everything ``portmoe validate`` found about one backend."""
+
+    backend: str
+    device: str
+    versions: dict[str, str]
+    checks: list[Result] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+
+    @property
+    def failed(self) -> list[Result]:
+        return [check for check in self.checks if check.status == "fail"]
+
+    @property
+    def passed(self) -> bool:
+        """Nothing failed, and something was checked."""
+        return not self.failed and any(check.status == "pass" for check in self.checks)
+
+    def of(self, part: str) -> Iterator[Result]:
+        """The checks of one part, in order."""
+        return (check for check in self.checks if check.part == part)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as a tree."""
+        return {
+            "backend": self.backend,
+            "device": self.device,
+            "passed": self.passed,
+            "versions": self.versions,
+            "checks": [{key: getattr(check, key) for key in RECORDED} for check in self.checks],
+            "curves": [asdict(curve) for curve in self.curves],
+        }
