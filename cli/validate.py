@@ -29,7 +29,10 @@ COLOURS = {"pass": "green", "skip": "yellow", "fail": "red"}
     show_default=True,
     help="Seconds the collectives, and the training run, may each take.",
 )
-def validate(backend: str, out: Path | None, seed: int, timeout: float) -> None:
+@click.option(
+    "--quick", is_flag=True, help="Few shapes, no collectives, no training run: less than a minute."
+)
+def validate(backend: str, out: Path | None, seed: int, timeout: float, quick: bool) -> None:
     """Show that a backend computes what the contracts say.
 
     Checks every implementation of every operation against float64, the collectives between processes, the
@@ -39,7 +42,7 @@ def validate(backend: str, out: Path | None, seed: int, timeout: float) -> None:
     from portmoe.verify.backend import reports
     from portmoe.verify.backend.validate import validate as run
 
-    report = run(backend, seed, timeout, progress=_progress)
+    report = run(backend, seed, timeout, progress=_progress, quick=quick)
     if sys.stderr.isatty():
         click.echo("\r\033[K", nl=False, err=True)
     click.echo(reports.table(report, lambda status, text: click.style(text, fg=COLOURS[status])))

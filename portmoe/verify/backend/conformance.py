@@ -43,9 +43,12 @@ def check_operation(
     seed: int,
     dtypes: Sequence[torch.dtype] = DTYPES,
     shapes: Collection[str] = SHAPES,
+    with_reference: bool = True,
 ) -> Iterator[Result]:
-    """Check every implementation in ``offered``, and the reference itself on ``device``."""
-    candidates = [*offered, Implementation(operation.name, REFERENCE, operation.reference)]
+    """Check every implementation in ``offered``, and, if asked, the reference itself on ``device``."""
+    candidates = [*offered]
+    if with_reference:
+        candidates.append(Implementation(operation.name, REFERENCE, operation.reference))
     for dtype in dtypes:
         of_dtype = list(cases(operation, dtype, seed, shapes))
         if not of_dtype:
