@@ -7,6 +7,7 @@ import click
 from portmoe.accelerator.discovery import AUTO, find, prepare
 from portmoe.cli.options import config_options
 from portmoe.config.read import config_name, load_config
+from portmoe.launch.interrupt import exit_code
 from portmoe.launch.ranks import LAUNCHERS, detect
 from portmoe.parallel.layout import Layout
 from portmoe.training.engines import require_engine
@@ -87,4 +88,6 @@ def train(
         sys.exit(spawn(nproc, argv, max_restarts))
     from portmoe.training.run import train as start
 
-    start(config, config_name(name), backend, launcher, profile)
+    stopped_by = start(config, config_name(name), backend, launcher, profile)
+    if stopped_by is not None:
+        sys.exit(exit_code(stopped_by))

@@ -9,11 +9,11 @@ DCP stores tensors by name and global shape, so a checkpoint saved under one lay
 other, and it writes a replicated tensor once.
 """
 
+import contextlib
 import json
 import os
 import pickle
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
+from portmoe.checkpoint.upkeep import clear, remove, tidy, vacant
 from portmoe.errors import ConfigError, TrainingError
 
 STATE_FILE = "state.json"
@@ -38,7 +39,6 @@ METADATA_FILE = ".metadata"
 FORMAT = 1
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
-_LEFTOVER = re.compile(r"step-\d{8,}\.(partial|replaced|removed)")
 # What DCP's own metadata is made of: the only classes that reading one may create.
 _METADATA_CLASSES = {
     "pathlib": {"PosixPath"},
@@ -63,7 +63,8 @@ class Checkpointer:
 
     Args:
         folder: holds the ``step-*`` folders; must be shared by all ranks.
-        keep: how many of the newest checkpoints stay.
+        keep: how many of the newest checkpoints stay. The newest may hold weights that are broken, which only
+            the next step can show: the one before it stays until ``confirm``.
         asynchronous: copy the tensors, then write in the background while training goes on. The
             copy stays allocated for the next save: host memory of this rank's share of the tensors.
         group: a gloo group of all ranks that nothing else uses: the background write communicates.
@@ -76,6 +77,8 @@ class Checkpointer:
         self._group = group
         self._stager = DefaultStager(StagingOptions(False, False, False, False))
         self._in_flight: tuple[int, Future[Any]] | None = None
+        self._unconfirmed: int | None = None  # the step saved last
+        self._problems: list[str] = []
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Save ``tensors`` (by name, plain or DTensor) and ``state`` (JSON; rank 0's is kept).
@@ -91,7 +94,9 @@ class Checkpointer:
             raise TypeError(f"a checkpoint holds tensors only; put these into the state: {strangers}")
         detached = {name: value.detach() for name, value in tensors.items()}
         # A copy: the caller's objects change while a background write waits for its turn.
-        writer = _Writer(self.folder, step, json.loads(json.dumps(state)), self.keep)
+        kept = max(self.keep, 2)
+        writer = _Writer(self.folder, step, json.loads(json.dumps(state)), kept, self._problems.append)
+        self._unconfirmed = step
         try:
             if self.asynchronous:
                 future = dcp.async_save(
@@ -113,6 +118,20 @@ class Checkpointer:
             future.result()
         except (Exception, dcp.CheckpointException) as error:
             raise self._save_failed(step, error) from error
+
+    def confirm(self) -> None:
+        """Note that training has gone on well from the state saved last, so that older ones may go."""
+        step = self._unconfirmed
+        if step is None or (self._in_flight is not None and not self._in_flight[1].done()):
+            return
+        self._unconfirmed = None
+        if self.keep == 1 and dist.get_rank(self._group) == 0:
+            remove(_beyond(self.folder, step, self.keep), self._problems.append)
+
+    def problems(self) -> list[str]:
+        """What went wrong since the last call without harm to any checkpoint: known on rank 0."""
+        told, self._problems[:] = list(self._problems), []
+        return told
 
     def close(self) -> None:
         """Wait for the save in flight and free the copy."""
@@ -158,26 +177,18 @@ class Checkpointer:
         return None
 
     def _tidied_latest(self) -> int | None:
-        # A run killed between the two renames that replace a checkpoint left only the former one.
-        for former in self.folder.glob("step-*.replaced"):
-            if not former.with_suffix("").exists():
-                os.replace(former, former.with_suffix(""))
-        if self.folder.is_dir():
-            for entry in self.folder.iterdir():
-                if _LEFTOVER.fullmatch(entry.name):
-                    shutil.rmtree(entry)
+        tidy(self.folder, self._problems.append)
         return max(complete_steps(self.folder), default=None)
 
     def _set_aside(self, step: int) -> int | None:
         damaged = folder_of(self.folder, step)
-        aside = damaged.with_suffix(".damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(damaged, aside)
+        os.replace(damaged, vacant(damaged.with_suffix(".damaged")))
         return max(complete_steps(self.folder), default=None)
 
     def _save_failed(self, step: int, error: BaseException) -> TrainingError:
         if dist.get_rank(self._group) == 0:
-            shutil.rmtree(_partial(self.folder, step), ignore_errors=True)  # a full disk needs the room
+            with contextlib.suppress(OSError):
+                clear(_partial(self.folder, step))  # a full disk needs the room
         kept = ", ".join(map(str, complete_steps(self.folder))) or "none"
         return TrainingError(
             f"the checkpoint of step {step} could not be written to {self.folder}: {_cause(error)}; "
@@ -245,13 +256,15 @@ class _Writer(dcp.FileSystemWriter):
     after every rank has written and synced; what either raises reaches all ranks.
     """
 
-    def __init__(self, folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
+    def __init__(
+        self, folder: Path, step: int, state: dict[str, Any], keep: int, told: Callable[[str], None]
+    ) -> None:
         super().__init__(_partial(folder, step))
-        self._folder, self._step, self._state, self._keep = folder, step, state, keep
+        self._folder, self._step, self._state, self._keep, self._told = folder, step, state, keep, told
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         partial = Path(self.path)
-        shutil.rmtree(partial)  # a killed run may have left files of another layout
+        clear(partial)  # a killed run may have left files of another layout
         partial.mkdir()
         return super().prepare_global_plan(plans)
 
@@ -275,21 +288,14 @@ class _Writer(dcp.FileSystemWriter):
             file.flush()
             os.fsync(file.fileno())
         _sync_folder(partial)
-        replaced = final.with_suffix(".replaced")
-        if final.exists():
+        replaced = None
+        if os.path.lexists(final):
+            replaced = vacant(final.with_suffix(".replaced"))
             os.replace(final, replaced)
         os.replace(partial, final)
         _sync_folder(self._folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-        self._remove_old()
-
-    def _remove_old(self) -> None:
-        steps = [step for step in complete_steps(self._folder) if step <= self._step]
-        for step in steps[: -self._keep]:
-            old = folder_of(self._folder, step)
-            doomed = old.with_suffix(".removed")  # a half-removed folder must not look complete
-            os.replace(old, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+        remove([replaced] if replaced else [], self._told)
+        remove(_beyond(self._folder, self._step, self._keep), self._told)
 
 
 class _Reader(dcp.FileSystemReader):
@@ -311,6 +317,12 @@ class _MetadataUnpickler(pickle.Unpickler):
         if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint's metadata")
+
+
+def _beyond(folder: Path, newest: int, keep: int) -> list[Path]:
+    """The complete checkpoints up to step ``newest`` that are not among its ``keep`` newest."""
+    steps = [step for step in complete_steps(folder) if step <= newest]
+    return [folder_of(folder, step) for step in steps[:-keep]]
 
 
 def _partial(folder: Path, step: int) -> Path:

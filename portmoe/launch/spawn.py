@@ -17,8 +17,10 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from portmoe.errors import BackendError, ConfigError, TrainingError
+from portmoe.launch.interrupt import SIGNALS, exit_code, heeded
 from portmoe.launch.launch import PARENT
 
+_STOPPED = tuple(map(exit_code, SIGNALS))  # of ranks that were asked to stop
 _PERMANENT = (ConfigError.exit_code, BackendError.exit_code)  # a restart would meet them again
 
 
@@ -27,15 +29,15 @@ def spawn(nproc: int, argv: Sequence[str], max_restarts: int = 0, *, module: str
 
     The code is 0, or that of the rank that failed first; a rank ended by a signal counts as a
     failed training. After a failure that another attempt may not meet again, all ranks are started
-    anew, ``max_restarts`` times at most. SIGTERM, SIGINT and SIGHUP are passed on once, and the
-    ranks finish on their own; a second SIGINT is passed on too and makes them leave at once.
+    anew, ``max_restarts`` times at most. SIGTERM, SIGINT and SIGHUP, unless the caller ignores them, are
+    passed on, and the ranks save and end on their own; a second SIGINT makes them leave at once.
     """
     _quiet_elastic_logs()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
     os.environ[PARENT] = str(os.getpid())
     # The agent would turn these into an exception and end the ranks; SIGQUIT alone keeps that meaning.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(n.name for n in heeded([signal.SIGQUIT]))
     rendezvous = RendezvousParameters(
         backend="c10d",
         endpoint="localhost:0",
@@ -65,7 +67,7 @@ def spawn(nproc: int, argv: Sequence[str], max_restarts: int = 0, *, module: str
         return TrainingError.exit_code
     finally:
         spec.rdzv_handler.shutdown()
-    return _exit_code(_root_cause(result.failures)) if result.is_failed() else 0
+    return _exit_code(_root_cause(result.failures), agent.passed_on) if result.is_failed() else 0
 
 
 class _NoRestart(Exception):
@@ -79,7 +81,7 @@ class _NoRestart(Exception):
 class _Agent(LocalElasticAgent):
     """torch's elastic agent, saying in one line which rank failed and not restarting in vain."""
 
-    stopping = False  # a signal was passed on
+    passed_on: signal.Signals | None = None  # the first signal that was
     restarts = 0
 
     def pids(self) -> list[int]:
@@ -88,14 +90,16 @@ class _Agent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
         pids = super()._start_workers(worker_group)
-        if self.stopping:  # the signal came before there was anyone to pass it on to
-            _send(signal.SIGTERM, pids.values())
+        if self.passed_on:  # it came before there was anyone to pass it on to
+            _send(self.passed_on, pids.values())
         return pids
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
         if result.state is WorkerState.FAILED:
             failure = _root_cause(result.failures)
+            if failure.exitcode in _STOPPED or (self.passed_on and failure.exitcode == -self.passed_on):
+                raise _NoRestart(result)
             rank = next(rank for rank, of_rank in result.failures.items() if of_rank is failure)
             how = (
                 f"was ended by {signal.Signals(-failure.exitcode).name}"
@@ -103,7 +107,7 @@ class _Agent(LocalElasticAgent):
                 else f"ended with exit code {failure.exitcode}"
             )
             _say(f"rank {rank} of {worker_group.spec.local_world_size} (process {failure.pid}) {how}")
-            if self.stopping or failure.exitcode in _PERMANENT:
+            if self.passed_on or failure.exitcode in _PERMANENT:
                 raise _NoRestart(result)
             if self.restarts < worker_group.spec.max_restarts:
                 self.restarts += 1
@@ -122,19 +126,21 @@ def _root_cause(failures: Mapping[int, ProcessFailure]) -> ProcessFailure:
     return min(failures.values(), key=order)
 
 
-def _exit_code(failure: ProcessFailure) -> int:
+def _exit_code(failure: ProcessFailure, passed_on: signal.Signals | None) -> int:
+    if passed_on and failure.exitcode == -passed_on:  # it came before the rank could heed it
+        return exit_code(passed_on)
     return TrainingError.exit_code if failure.exitcode < 0 else failure.exitcode
 
 
 @contextlib.contextmanager
 def _forwarded_signals(agent: _Agent) -> Iterator[None]:
-    """Pass SIGTERM, SIGINT and SIGHUP (as SIGTERM) on to the ranks: they save and end by themselves."""
+    """Pass on to the ranks, which save and end by themselves, the signals that the caller does not ignore."""
 
     def forward(number: int, frame: FrameType | None) -> None:
-        agent.stopping = True
-        _send(signal.SIGTERM if number == signal.SIGHUP else number, agent.pids())
+        agent.passed_on = agent.passed_on or signal.Signals(number)
+        _send(number, agent.pids())
 
-    former = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    former = {number: signal.signal(number, forward) for number in heeded()}
     try:
         yield
     finally:

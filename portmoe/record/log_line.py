@@ -38,7 +38,7 @@ class StepTotals:
     largest_length: int
     largest_batch: int
     smallest_batch: int
-    stop_requested: bool
+    stop_signal: int
 
 
 @dataclass(frozen=True)

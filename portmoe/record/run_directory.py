@@ -77,9 +77,9 @@ class RunDirectory:
         """As ``write``, of an object."""
         self.write(name, json_text(content, indent=2) + "\n")
 
-    def finish(self) -> None:
-        """Note that the run has made all its steps."""
-        self.write_json(STATUS, {"state": "finished"})
+    def end(self, state: str) -> None:
+        """Note how the run ended: finished, stopped or diverged."""
+        self.write_json(STATUS, {"state": state})
 
     def close(self) -> None:
         """Let another run have the directory."""

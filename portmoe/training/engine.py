@@ -44,6 +44,7 @@ class StepOutcome:
     learning_rate: float
     beta2: float
     loss_scale: float  # as used in this step
+    skipped: bool  # some rank's gradients were not finite
     forward_backward_seconds: float
     backward_seconds: float
 
@@ -90,7 +91,8 @@ class Engine(ABC):
         with span(OPTIMIZER):
             layer_norms = self._update(lr, second_beta, scale)
         norms = of_groups(layer_norms)
-        self.loss_scale.update(all(map(math.isfinite, norms.values())))
+        finite = all(map(math.isfinite, norms.values()))
+        self.loss_scale.update(finite)
         return StepOutcome(
             metrics=metrics,
             gradient_norms=norms,
@@ -98,6 +100,7 @@ class Engine(ABC):
             learning_rate=lr,
             beta2=second_beta,
             loss_scale=scale,
+            skipped=not finite,
             forward_backward_seconds=self._step_clock.seconds(),
             backward_seconds=self._backward_clock.seconds(),
         )

@@ -44,17 +44,18 @@ class StepMetrics:
         counts = (output.assigned_LE.sum(0).float(), output.kept_LE.sum(0).float())
         self._sums.append(torch.cat((of_head, *counts)))
 
-    def reduce(self, stop_requested: bool, group: dist.ProcessGroup, layout: Layout) -> StepTotals:
+    def reduce(self, stop_signal: int, group: dist.ProcessGroup, layout: Layout) -> StepTotals:
         """Combine over all ranks: one transfer to the host and one collective.
 
-        ``stop_requested`` by any rank is seen by all, so that they stop after the same step.
+        ``stop_signal``, the number of the signal that asked a rank to stop or 0, is seen by all, so that they
+        stop after the same step and for the same reason.
 
         Args:
             group: a CPU process group of all ranks.
             layout: which of them see different micro-batches, and which the same.
         """
         sums = torch.stack(self._sums).cpu().double().sum(0)
-        marks = [sum(self._segments), self._longest, max(self._segments), min(self._segments), stop_requested]
+        marks = [sum(self._segments), self._longest, max(self._segments), min(self._segments), stop_signal]
         mine = torch.cat((sums, torch.tensor(marks, dtype=torch.float64)))
         ranks = [torch.empty_like(mine) for _ in range(group.size())]
         dist.all_gather(ranks, mine, group=group)
@@ -82,5 +83,5 @@ class StepMetrics:
             largest_length=int(marks_RM[:, 1].max()),
             largest_batch=int(marks_RM[:, 2].max()),
             smallest_batch=int(marks_RM[:, 3].min()),
-            stop_requested=bool(marks_RM[:, 4].any()),
+            stop_signal=int(marks_RM[:, 4].max()),
         )

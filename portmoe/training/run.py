@@ -1,11 +1,13 @@
 """One run on one rank, from a config to a finished run directory."""
 
 import time
+from signal import Signals
 
+from portmoe.checkpoint.store import complete_steps
 from portmoe.config import Config
 from portmoe.costs.flops import benchmark_flops_per_token, model_flops_per_token
 from portmoe.costs.parameters import count_parameters
-from portmoe.launch.interrupt import Interrupt
+from portmoe.errors import TrainingError
 from portmoe.launch.placement import gather_places, placement
 from portmoe.model.precision import compute_dtype
 from portmoe.parallel.workload import workload_of
@@ -15,36 +17,46 @@ from portmoe.record import provenance
 from portmoe.record.report import RunFacts, end_summary, start_block
 from portmoe.record.throughput import Throughput
 from portmoe.training.session import Session, open_session
-from portmoe.training.trainer import Trainer
+from portmoe.training.trainer import Ending, Trainer
 
 
-def train(config: Config, config_name: str, backend: str, launcher: str, profile: bool = False) -> None:
+def train(
+    config: Config, config_name: str, backend: str, launcher: str, profile: bool = False
+) -> Signals | None:
     """Train ``config`` as the rank this process is.
 
     With ``profile`` a few steps are traced; see ``profiling.profile``.
 
-    Returns when the run is complete, or when a signal asked it to stop and its state is saved.
+    Returns None when the run is complete, or the signal that asked it to stop, once its state is saved.
 
     Raises:
         PortmoeError: anything a user, the machine or another rank can cause.
+        TrainingError: also where the run has diverged.
     """
     with open_session(config, config_name, backend, launcher, profile) as session:
         machine = session.machine
         places = gather_places(machine.ranks, machine.device, session.world)
         session.writers.note(start_block(_facts(session, placement(places))))
         began = time.perf_counter()
-        complete = Trainer(session, _profile(session) if profile else None).fit(_throughput(session))
-        if complete:
-            session.run.finish()
+        ending = Trainer(session, _profile(session) if profile else None).fit(_throughput(session))
+        state, reason = _told(ending, config)
+        session.run.end(state)
         if machine.ranks.rank == 0:
             session.writers.conclude(
                 end_summary(
                     session.run.path,
                     time.perf_counter() - began,
                     dummy_data=config.data.train_folder is None,
-                    reason="finished" if complete else _stopped(config, session.interrupt),
+                    reason=reason,
                 )
             )
+    if ending.diverged:
+        kept = complete_steps(session.run.checkpoints)
+        raise TrainingError(
+            f"the run diverged: {ending.diverged}. Lower adam.lr or look at the data of that step; "
+            f"{f'the last good checkpoint is that of step {kept[-1]}' if kept else 'there is no checkpoint'}"
+        )
+    return ending.signal
 
 
 def _throughput(session: Session) -> Throughput:
@@ -94,9 +106,15 @@ def _facts(session: Session, ranks: str) -> RunFacts:
     )
 
 
-def _stopped(config: Config, interrupt: Interrupt) -> str:
-    """Why the run ended early, and how to go on with it."""
-    by = interrupt.received.name if interrupt.received else "a signal to another rank"
-    if not config.ckpt.enable_save_ckpt:
-        return f"stopped by {by} (nothing saved: ckpt.enable_save_ckpt is false)"
-    return f"stopped by {by} (saved: the same command goes on from here)"
+def _told(ending: Ending, config: Config) -> tuple[str, str]:
+    """The state a run ends in, and in words why, and how to go on with it."""
+    if ending.diverged:
+        return "diverged", "diverged"
+    if ending.signal is None:
+        return "finished", "finished"
+    saved = (
+        "saved: the same command goes on from here"
+        if config.ckpt.enable_save_ckpt
+        else "nothing saved: ckpt.enable_save_ckpt is false"
+    )
+    return "stopped", f"stopped by {ending.signal.name} ({saved})"

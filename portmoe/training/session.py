@@ -108,10 +108,13 @@ def open_session(
             roll_calls.append(RollCall(ranks))
             stack.callback(roll_calls[0].close)
         require_memory(config, layout, accelerator, ranks)
-        yield _opened(config, config_name, Machine(accelerator, ranks, layout, device), profile, stack)
+        with ExitStack() as held:
+            yield _opened(config, config_name, Machine(accelerator, ranks, layout, device), profile, held)
         for roll_call in roll_calls:
             roll_call.close()
-            dist.barrier()  # until all have: rank 0 may hold the store
+        # Until all have closed what they write: rank 0 may hold the store, and who started the ranks may
+        # end the others when the first one ends with another code than 0.
+        dist.barrier()
 
 
 def _opened(config: Config, config_name: str, machine: Machine, profile: bool, stack: ExitStack) -> Session:

@@ -45,6 +45,8 @@ def starting_point(
     if run.resuming:
         tensors = engine.tensors()
         found = checkpointer.resume(tensors, log)
+        for problem in checkpointer.problems():
+            log(f"WARNING: {problem}")
         if found is not None:
             _, state = found
             engine.take(tensors)

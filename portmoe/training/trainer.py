@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from signal import Signals
 from typing import Any
 
 from portmoe.config.sections.data import parse_step_ranges
@@ -10,8 +11,24 @@ from portmoe.profiling.profile import StepProfile
 from portmoe.profiling.spans import WAITING, span
 from portmoe.record.log_line import StepResult, StepTotals, perplexity, step_record
 from portmoe.record.throughput import Throughput
+from portmoe.training.divergence import Divergence
 from portmoe.training.engine import StepOutcome
 from portmoe.training.session import Session
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How the training of a run ended; the same on every rank.
+
+    Attributes:
+        complete: all steps are made.
+        signal: what asked some rank to stop before that.
+        diverged: why the run is worth nothing from some step on.
+    """
+
+    complete: bool
+    signal: Signals | None = None
+    diverged: str | None = None
 
 
 class Trainer:
@@ -32,51 +49,61 @@ class Trainer:
         self._checkpointer = session.checkpointer if self._config.ckpt.enable_save_ckpt else None
         self._passed_over = parse_step_ranges(self._config.data.skip_batches)
         self._saved_at = self.progress.step if self.progress.step else None
+        self._divergence = Divergence(self._config)
 
-    def fit(self, throughput: Throughput) -> bool:
-        """Train until ``data.total_steps`` or until a rank is asked to stop; True if the run is complete.
+    def fit(self, throughput: Throughput) -> Ending:
+        """Train until ``data.total_steps``, until a rank is asked to stop, or until the run has diverged.
 
-        Either way the last thing done is a checkpoint, where checkpoints are enabled.
+        The last thing done is a checkpoint, where checkpoints are enabled and the state is worth one.
         """
-        total = self._config.data.total_steps
-        while self.progress.step < total:
-            step = self.progress.step
-            if any(step in passed for passed in self._passed_over):
+        total, stop = self._config.data.total_steps, 0
+        while self.progress.step < total and not stop and not self._divergence.reached:
+            if any(self.progress.step in passed for passed in self._passed_over):
                 self.progress.step += 1
-                continue
-            if self._profile:
-                self._profile.before_step()
-            stop = self._one_step(step, throughput)
-            if self._profile and (table := self._profile.after_step()):
-                self._session.writers.note(table)
-            if self._checkpointer and self.progress.step % self._config.ckpt.checkpoint_every == 0:
+            else:
+                stop = self._trained_step(throughput)
+            if self.progress.step % self._config.ckpt.checkpoint_every == 0:
                 self._save()
-            if stop:
-                break
+        if self._divergence.sound:
+            self._save()
         if self._checkpointer:
-            if self._saved_at != self.progress.step:
-                self._save()
             self._checkpointer.wait()
-        return self.progress.step >= total
+            self._tell_problems()
+        complete = self.progress.step >= total
+        if complete or self._divergence.reached:
+            return Ending(complete, diverged=self._divergence.verdict())
+        return Ending(complete, Signals(stop))
 
-    def _one_step(self, step: int, throughput: Throughput) -> bool:
-        """One training step and its record; True if some rank was asked to stop."""
+    def _trained_step(self, throughput: Throughput) -> int:
+        """One step with all that surrounds it; the signal that asked some rank to stop, or 0."""
+        if self._profile:
+            self._profile.before_step()
+        stop = self._one_step(self.progress.step, throughput)
+        if self._profile and (table := self._profile.after_step()):
+            self._session.writers.note(table)
+        return stop
+
+    def _one_step(self, step: int, throughput: Throughput) -> int:
+        """One training step and its record; the signal that asked some rank to stop, or 0."""
         began = time.perf_counter()
         self._accelerator.memory.reset_peak()
         with span(WAITING):
             batches = self._session.train.batches(step)
         outcome = self._engine.train_step(step, batches)
         with span(WAITING):
-            stop = self._session.interrupt.requested
+            stop = self._session.interrupt.received or 0
             totals = outcome.metrics.reduce(stop, self._session.world, self._layout)
             self._accelerator.device.synchronize()
         seconds = time.perf_counter() - began
         self.progress.step += 1
         self.progress.consumed_tokens += self._layout.tokens_per_step
         speed = throughput.update(self._layout.tokens_per_step, sum(totals.tokens), seconds)
+        self._divergence.note(step, totals.loss, sum(totals.tokens), outcome.skipped, outcome.loss_scale)
+        if self._checkpointer and self._divergence.sound:
+            self._checkpointer.confirm()
         record = step_record(self._result(step, outcome, totals, seconds), speed)
         self._session.writers.step(record, self._validate(step))
-        return totals.stop_requested
+        return totals.stop_signal
 
     def _result(self, step: int, outcome: StepOutcome, totals: StepTotals, seconds: float) -> StepResult:
         return StepResult(
@@ -112,6 +139,19 @@ class Trainer:
         }
 
     def _save(self) -> None:
+        """Save what is not saved yet, unless it is worth less than what is."""
+        if not self._checkpointer or self._saved_at == self.progress.step:
+            return
+        if not self._divergence.sound:
+            self._session.writers.note(
+                f"no checkpoint after step {self.progress.step - 1}, which was skipped or has no loss"
+            )
+            return
         state: dict[str, Any] = {"progress": asdict(self.progress), "engine": self._engine.state()}
         self._checkpointer.save(self.progress.step, self._engine.tensors(), state)
         self._saved_at = self.progress.step
+        self._tell_problems()
+
+    def _tell_problems(self) -> None:
+        for problem in self._session.checkpointer.problems():
+            self._session.writers.note(f"WARNING: {problem}")

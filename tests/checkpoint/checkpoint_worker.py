@@ -91,6 +91,8 @@ def fail_on_rank_1(folder: Path, group: dist.ProcessGroup) -> None:
         load_newest(folder, group)
         checkpointer.save(3, laid_out(3), {"step": 3})
         checkpointer.close()
+        checkpointer.confirm()
+        dist.barrier()
         assert complete_steps(folder) == [3]
         dist.barrier()
         if dist.get_rank() == 0:

@@ -1,5 +1,6 @@
 """A killed run resumes with bit-identical losses."""
 
+import json
 import os
 import random
 import signal
@@ -77,16 +78,23 @@ def test_killed_during_a_save(tmp_path, whole, number):
     kill_and_resume(directory, whole, lambda: steps_done(directory) > 4 + 4 * number and saving(directory))
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, whole):
+@pytest.mark.parametrize(
+    ("number", "nproc"),
+    [(signal.SIGHUP, 1), (signal.SIGTERM, 2), pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow)],
+)
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, whole, number, nproc):
     directory = tmp_path / "run"
-    process = start(directory)
+    process = start(directory, nproc=nproc)
     while steps_done(directory) < 5:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, output
-    assert "stopped by SIGTERM" in output
+    assert process.returncode == 128 + number, output
+    assert f"stopped by {number.name} (saved" in output
+    assert json.loads((directory / "status.json").read_text()) == {"state": "stopped"}
+    if nproc > 1:  # another global batch, so other losses
+        return
     done = steps_done(directory)
     assert done < len(whole)
     resumed = run(directory, **SAVING)

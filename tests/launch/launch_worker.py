@@ -55,16 +55,20 @@ def count_attempts(folder: str, code: str) -> None:
 
 
 def save_when_asked(folder: str) -> None:
-    """As the trainer does: note the signal, finish the step, save."""
+    """As the trainer does: note the signal, finish the step, save, and end when all have."""
     asked = []
-    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
-    signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: asked.append(number))
     Path(folder, f"ready-{RANK}").write_text(str(os.getpid()))
     while not asked:
         time.sleep(0.02)
     time.sleep(0.5)
     Path(folder, f"saved-{RANK}").write_text(signal.Signals(asked[0]).name)
+    while not Path(folder, f"saved-{1 - RANK}").exists():
+        time.sleep(0.02)
     assert len(asked) == 1
+    sys.exit(128 + asked[0])
 
 
 ALONE = (succeed, fail_with, lose_a_peer, fail_first, count_attempts, save_when_asked)

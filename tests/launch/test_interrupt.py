@@ -9,13 +9,24 @@ import pytest
 from portmoe.launch.interrupt import Interrupt
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_only_raises_the_flag(number):
     with Interrupt() as interrupt:
-        assert not interrupt.requested
+        assert interrupt.received is None
         os.kill(os.getpid(), number)
-        assert interrupt.requested
         assert interrupt.received is number
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_what_the_caller_ignores_stays_ignored(number):
+    former = signal.signal(number, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), number)
+            assert interrupt.received is None
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, former)
 
 
 def test_sigterm_may_come_any_number_of_times():
@@ -31,7 +42,7 @@ def test_second_sigint_interrupts_at_once():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-        assert interrupt.requested
+        assert interrupt.received is signal.SIGINT
 
 
 def test_former_handlers_come_back_even_after_an_error():
@@ -53,7 +64,7 @@ def test_other_threads_may_enter_without_handlers():
     def enter():
         try:
             with Interrupt() as interrupt:
-                assert not interrupt.requested
+                assert interrupt.received is None
         except Exception as error:
             problems.append(error)
 

@@ -252,10 +252,11 @@ class TestSpawn:
         assert len(list(tmp_path.iterdir())) == attempts
 
 
-def start_spawn(mode, *arguments):
+def start_spawn(mode, *arguments, wrapper=()):
     call = f"spawn(2, {[mode, *arguments]}, 1, module='launch_worker')"
     program = f"import sys; from portmoe.launch.spawn import spawn; sys.exit({call})"
-    return subprocess.Popen([sys.executable, "-c", program], env=clean_environment(), start_new_session=True)
+    command = [*wrapper, sys.executable, "-c", program]
+    return subprocess.Popen(command, env=clean_environment(), start_new_session=True)
 
 
 def await_files(folder, *names):
@@ -265,12 +266,23 @@ def await_files(folder, *names):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_every_rank_once_and_waits_for_them(tmp_path, number):
-    parent = start_spawn("save_when_asked", str(tmp_path))
+@pytest.mark.parametrize(
+    ("number", "wrapper"),
+    [
+        (signal.SIGTERM, ["nohup"]),  # which has SIGHUP ignored
+        (signal.SIGINT, []),
+        pytest.param(signal.SIGHUP, [], marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_reaches_every_rank_once_and_waits_for_them(tmp_path, number, wrapper):
+    parent = start_spawn("save_when_asked", str(tmp_path), wrapper=wrapper)
     await_files(tmp_path, "ready-0", "ready-1")
+    if wrapper:
+        parent.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        assert parent.poll() is None
     parent.send_signal(number)
-    assert parent.wait(60) == 0
+    assert parent.wait(60) == 128 + number
     assert [(tmp_path / f"saved-{rank}").read_text() for rank in range(2)] == [number.name] * 2
 
 

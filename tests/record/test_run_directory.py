@@ -73,7 +73,7 @@ def test_another_run_gets_the_next_number(why):
     if why != "nothing to resume from":
         make_checkpoint(run.checkpoints, 1)
     if why == "finished":
-        run.finish()
+        run.end("finished")
     if why != "locked":
         run.close()
     changed = {"other config": {"adam": {"lr": 1e-3}}, "auto_resume off": {"ckpt": {"auto_resume": False}}}
@@ -90,7 +90,7 @@ def test_given_directory_is_taken_and_continued(tmp_path):
     assert not run.resuming
     make_step(run)
     make_checkpoint(run.checkpoints, 5)
-    run.finish()
+    run.end("finished")
     run.close()
     longer = config(run={"directory": str(tmp_path / "deep" / "here")}, data={"total_steps": 100})
     again = open_run(longer)

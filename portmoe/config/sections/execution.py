@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from portmoe.config.section import LARGEST, Section, Size
+from portmoe.config.section import LARGEST, Positive, Section, Size
 
 
 class Zero1Config(Section):
@@ -75,4 +75,5 @@ class DeepSpeedConfig(Section):
 
 class TrainerConfig(Section):
     engine: Literal["native", "deepspeed"] = "native"
+    max_skipped_steps: Positive | None = 5  # so many bad steps in a row end the run; null: none do
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
