@@ -12,6 +12,7 @@ from typing import Any
 
 from portmoe.data import DATA_TYPES
 from portmoe.files import json_text
+from portmoe.record.flat import flat, places
 from portmoe.record.throughput import Speed
 
 
@@ -51,7 +52,6 @@ class StepResult:
         moe_loss: the auxiliary term as it entered the training loss, times ``loss.moe_loss_coeff``.
         grad_norms: by parameter group, as ``model.parameters`` names them.
         layer_grad_norms: by parameter group, then embedding, every layer in order, final norm with head.
-        expert_parallel_size: ranks the experts are spread over; part of the log's name for that group.
         learning_rate, beta2, loss_scale: as used in this step.
         skipped_steps: steps skipped for inf or nan gradients since the run began.
         micro_num: micro-batches per rank.
@@ -65,7 +65,6 @@ class StepResult:
     moe_loss: float
     grad_norms: Mapping[str, float]
     layer_grad_norms: Mapping[str, Sequence[float]]
-    expert_parallel_size: int
     learning_rate: float
     beta2: float
     loss_scale: float
@@ -91,6 +90,7 @@ def step_record(result: StepResult, speed: Speed) -> dict[str, Any]:
     expert's share of the assignments before drops; both are over all layers, and None and [] for a
     dense model. ``grad_norm_layers`` has, by parameter group, the norm of the embedding's gradient, of every
     layer's, and of the final norm's with the head's. Unrounded; times in seconds, ``peak_memory`` in bytes.
+    No name depends on the layout.
     """
     totals = result.totals
     labels, loss_sum = sum(totals.tokens), sum(totals.loss_sums)
@@ -110,7 +110,7 @@ def step_record(result: StepResult, speed: Speed) -> dict[str, Any]:
         "tgs/last_tgs_50": speed.last_tgs_50,
         "lr": result.learning_rate,
         "loss_scale": result.loss_scale,
-        "grad_norm": _named_groups(result, result.grad_norms),
+        "grad_norm": dict(result.grad_norms),
         "moe_loss": result.moe_loss,
         "micro_num": result.micro_num,
         "num_consumed_tokens": result.consumed_tokens,
@@ -132,24 +132,28 @@ def step_record(result: StepResult, speed: Speed) -> dict[str, Any]:
         "mfu": speed.mfu,
         "dropped_token_rate": 1 - sum(totals.kept) / assigned if assigned else None,
         "expert_load": [count / assigned for count in totals.assigned] if assigned else [],
-        "grad_norm_layers": _named_groups(result, result.layer_grad_norms),
+        "grad_norm_layers": {group: places(norms) for group, norms in result.layer_grad_norms.items()},
         "step_time": result.step_seconds,
         "peak_memory": result.peak_memory,
     }
 
 
-def to_text(record: Mapping[str, Any]) -> str:
+def to_text(record: Mapping[str, Any], expert_ranks: int) -> str:
     """``key=value key=value …``: losses and the like in full precision, rates and times rounded.
 
-    What is too long for a line is in ``metrics.jsonl`` only.
+    What is too long for a line is in ``metrics.jsonl`` only. The parameter groups have the benchmark's names
+    here, which tell over how many ranks the experts are spread.
     """
-    shown = ((key, value) for key, value in record.items() if key not in _TOO_LONG)
+    names = {"default": "0_default", "fp32": "1_fp32", "experts": f"2_moe_ep_size_{expert_ranks}"}
+    norms = {names.get(group, group): norm for group, norm in record.get("grad_norm", {}).items()}
+    shown = [(key, value) for key, value in record.items() if key not in _TOO_LONG]
+    shown = [(key, norms if key == "grad_norm" else value) for key, value in shown]
     return " ".join(f"{key}={_value_text(key, value)}" for key, value in shown)
 
 
 def to_json(record: Mapping[str, Any]) -> str:
-    """One line of strict JSON: nan and infinities, which JSON does not have, become null."""
-    return json_text(record)
+    """One flat object on a line of strict JSON: nan and infinities, which it does not have, become null."""
+    return json_text(flat(record))
 
 
 def perplexity(mean_loss: float) -> float:
@@ -158,16 +162,6 @@ def perplexity(mean_loss: float) -> float:
         return math.exp(mean_loss)
     except OverflowError:
         return math.inf
-
-
-def _named_groups(result: StepResult, by_group: Mapping[str, Any]) -> dict[str, Any]:
-    """With the benchmark's names for the groups."""
-    names = {
-        "default": "0_default",
-        "fp32": "1_fp32",
-        "experts": f"2_moe_ep_size_{result.expert_parallel_size}",
-    }
-    return {names[group]: value for group, value in by_group.items()}
 
 
 def _per_type(key: str, sums: Sequence[float], counts: Sequence[int], empty: float) -> dict[str, float]:

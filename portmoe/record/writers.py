@@ -6,22 +6,25 @@ All of it is written by one rank. Whatever the disk refuses becomes a ``Training
 import json
 import math
 import os
+import re
 import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
 from portmoe.errors import TrainingError
 from portmoe.record.console import Console
+from portmoe.record.flat import as_now, flat
 from portmoe.record.log_line import to_json, to_text
 
 METRICS = "metrics.jsonl"
 LOG = "train.log"
 EVENTS = "tensorboard"
+_EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d{1,18})\.")
 
 
 class Writers:
@@ -35,6 +38,7 @@ class Writers:
         tensorboard_queue: int,
         *,
         first_step: int = 0,
+        expert_ranks: int = 1,
         enabled: bool = True,
         stream: TextIO | None = None,
     ) -> None:
@@ -45,6 +49,7 @@ class Writers:
             tensorboard_queue: steps whose events are kept back and written together.
             first_step: the first step that will be written. What an interrupted run has recorded for it and
                 later steps is dropped from ``metrics.jsonl``, so that each step has one object.
+            expert_ranks: over how many ranks the experts are spread: in the log line, part of their name.
             enabled: this rank writes.
             stream: of the console; standard output if None.
 
@@ -54,6 +59,7 @@ class Writers:
         self._enabled = enabled
         if not enabled:
             return
+        self._expert_ranks = expert_ranks
         self._console = Console(stream or sys.stdout, terminal, total_steps)
         drop_steps_from(directory / METRICS, first_step)
         self._metrics = _AppendedFile(directory / METRICS)
@@ -69,8 +75,9 @@ class Writers:
         if not self._enabled:
             return
         record = {**record, **(validation or {})}
-        line = to_text(record)
-        self._metrics.append(to_json(record) + "\n")
+        line = to_text(record, self._expert_ranks)
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        self._metrics.append(to_json({**record, "timestamp": now}) + "\n")
         self._log.append(_stamped(line))
         self._console.step(record, line)
         problem = self._events.add(record)
@@ -104,13 +111,16 @@ class Writers:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a ``metrics.jsonl``, in order, up to the first line that was not written to its end."""
+    """The objects of a ``metrics.jsonl``, in order, up to the first line that was not written to its end.
+
+    Those that a former version wrote are in this one's form.
+    """
     with path.open("rb") as file:
         for line in file:
             record = _parsed(line)
             if record is None:
                 return
-            yield record
+            yield as_now(record)
 
 
 def drop_steps_from(path: Path, step: int) -> None:
@@ -184,7 +194,7 @@ class _EventFile:
     """
 
     def __init__(self, directory: Path, queue: int, first_step: int) -> None:
-        self._path = directory / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._path = directory / _event_file_name(directory)
         self._queue = queue
         self._first_step = first_step
         self._held: list[tuple[float, Mapping[str, Any]]] = []
@@ -237,12 +247,18 @@ class _EventFile:
         return None
 
 
+def _event_file_name(directory: Path) -> str:
+    """A name after those of all former starts: TensorBoard reads a run's files in the order of their names.
+
+    A clock that was set back does not change that order.
+    """
+    stamps = [int(match[1]) for entry in directory.glob("*") if (match := _EVENT_FILE.match(entry.name))]
+    stamp = max([int(time.time()), *(former + 1 for former in stamps)])
+    return f"events.out.tfevents.{stamp}.{socket.gethostname()}.{os.getpid()}"
+
+
 def _scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Every finite number of a record, nested ones as "key/name" and "key/index"."""
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            yield from _scalars({f"{key}/{name}": item for name, item in value.items()})
-        elif isinstance(value, list):
-            yield from _scalars({f"{key}/{index}": item for index, item in enumerate(value)})
-        elif value is not None and key != "step" and math.isfinite(value):
+    """Every finite number of a record, by its column."""
+    for key, value in flat(record).items():
+        if value is not None and key != "step" and math.isfinite(value):
             yield key, float(value)

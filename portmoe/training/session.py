@@ -145,6 +145,7 @@ def _opened(config: Config, config_name: str, machine: Machine, profile: bool, s
         sys.stdout.isatty(),
         config.monitor.tensorboard.queue_max_length,
         first_step=progress.step,
+        expert_ranks=layout.expert,
         enabled=ranks.rank == 0,
     )
     stack.callback(writers.close)

@@ -112,7 +112,6 @@ class Trainer:
             moe_loss=self._config.loss.moe_loss_coeff * totals.aux_loss,
             grad_norms=outcome.gradient_norms,
             layer_grad_norms=outcome.layer_gradient_norms,
-            expert_parallel_size=self._layout.expert,
             learning_rate=outcome.learning_rate,
             beta2=outcome.beta2,
             loss_scale=outcome.loss_scale,

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from portmoe.record.flat import as_now, flat
 from portmoe.record.log_line import StepResult, perplexity, step_record, to_json, to_text
 from portmoe.record.throughput import Speed
 
@@ -53,8 +54,7 @@ def record(step_totals=None, step_speed=None, **changes):
         "step": 49,
         "moe_loss": 3.296875,
         "grad_norms": {"default": 1.45, "fp32": 5.75, "experts": 0.138},
-        "layer_grad_norms": {"default": [1.0, 1.05], "fp32": [0.0, 5.75], "experts": [0.0, 0.138]},
-        "expert_parallel_size": 4,
+        "layer_grad_norms": {"default": [1.0, 0.2, 1.05], "experts": [0.0, 0.1, 0.138]},
         "learning_rate": 8.75e-05,
         "beta2": 0.95,
         "loss_scale": 65536.0,
@@ -78,7 +78,7 @@ def test_the_keys_are_the_benchmarks_in_its_order_then_ours():
 
 
 def test_the_text_has_every_key_once_in_order_with_the_benchmarks_spelling_of_values():
-    text = to_text(record())
+    text = to_text(record(), 4)
     positions = [text.index(f"{key}=") for key in BENCHMARK_KEYS[:5]]
     assert positions == sorted(positions)
     for part in (
@@ -97,13 +97,36 @@ def test_the_text_has_every_key_once_in_order_with_the_benchmarks_spelling_of_va
 
 def test_norms_by_layer_are_for_programs_only():
     step = record()
-    assert step["grad_norm_layers"]["2_moe_ep_size_4"] == [0.0, 0.138]
-    assert "grad_norm_layers" not in to_text(step)
+    assert step["grad_norm_layers"]["experts"] == {"embedding": 0.0, "0": 0.1, "head": 0.138}
+    assert "grad_norm_layers" not in to_text(step, 4)
+
+
+def test_the_columns_of_json_are_flat_and_no_layout_changes_their_names():
+    columns = strictly(to_json(record()))
+    assert not [key for key, value in columns.items() if isinstance(value, dict | list)]
+    assert columns["grad_norm/experts"] == 0.138
+    assert columns["grad_norm_layers/default/embedding"] == 1.0
+    assert columns["grad_norm_layers/experts/0"] == 0.1
+    assert columns["grad_norm_layers/default/head"] == 1.05
+    assert [columns[f"expert_load/{expert}"] for expert in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
+def test_what_former_versions_wrote_is_read_in_this_form():
+    step = record()
+    names = {"default": "0_default", "fp32": "1_fp32", "experts": "2_moe_ep_size_16"}
+    former = step | {
+        "grad_norm": {names[group]: norm for group, norm in step["grad_norm"].items()},
+        "grad_norm_layers": {
+            names[group]: list(norms.values()) for group, norms in step["grad_norm_layers"].items()
+        },
+    }
+    assert as_now(former) == flat(step)
+    assert as_now(strictly(to_json(step))) == strictly(to_json(step))
 
 
 def test_losses_keep_every_digit():
     loss = 0.1 + 0.2
-    assert f" loss={loss!r} " in to_text(record(totals(loss=loss)))
+    assert f" loss={loss!r} " in to_text(record(totals(loss=loss)), 4)
     assert strictly(to_json(record(totals(loss=loss))))["loss"] == loss
 
 
@@ -119,7 +142,7 @@ def test_expert_figures_are_shares_of_all_assignments():
     step = record()
     assert step["dropped_token_rate"] == pytest.approx(0.2)
     assert step["expert_load"] == pytest.approx([0.1, 0.2, 0.3, 0.4])
-    assert to_text(step).endswith(
+    assert to_text(step, 4).endswith(
         "dropped_token_rate=0.2 expert_load=[0.1000,0.2000,0.3000,0.4000] "
         "step_time=9.76 peak_memory=1073741824"
     )
@@ -129,13 +152,13 @@ def test_expert_figures_are_shares_of_all_assignments():
 def test_a_dense_model_has_no_expert_figures(empty):
     step = record(totals(assigned=empty, kept=empty))
     assert (step["dropped_token_rate"], step["expert_load"]) == (None, [])
-    assert "dropped_token_rate=nan expert_load=[] " in to_text(step)
+    assert "dropped_token_rate=nan expert_load=[] " in to_text(step, 4)
 
 
 def test_the_two_countings_of_flops_have_names_of_their_own():
     step = record(step_speed=speed(tflops=105.9, model_tflops=152.0, mfu=None))
     assert (step["tflops"], step["model_tflops"], step["mfu"]) == (105.9, 152.0, None)
-    assert " model_tflops=152.0 mfu=nan " in to_text(step)
+    assert " model_tflops=152.0 mfu=nan " in to_text(step, 4)
 
 
 def test_what_json_lacks_becomes_null():
@@ -145,9 +168,9 @@ def test_what_json_lacks_becomes_null():
     )
     parsed = strictly(to_json(step))
     assert parsed["loss"] is parsed["loss/en"] is parsed["perplexity"] is None
-    assert parsed["grad_norm"] == {"0_default": None, "1_fp32": None, "2_moe_ep_size_4": 1.0}
+    assert [parsed[f"grad_norm/{group}"] for group in ("default", "fp32", "experts")] == [None, None, 1.0]
     assert parsed["acc"] == 0.0
-    text = to_text(step)
+    text = to_text(step, 4)
     assert re.search(r" loss=nan .* grad_norm=\{'0_default': inf, '1_fp32': nan,", text)
 
 

@@ -27,7 +27,7 @@ def record(step, loss=1.0):
         "tgs/tgs_all": 90.0,
         "tgs/tgs_SMA": 100.0,
         "inf_nan_skip_batches": 0,
-        "grad_norm": {"0_default": 0.5},
+        "grad_norm": {"default": 0.5, "experts": 0.25},
         "expert_load": [0.25, 0.75],
         "mfu": None,
         "loss/cn": math.nan,
@@ -184,7 +184,7 @@ def test_tensorboard_reads_the_scalars(tmp_path):
         (3, 0.25),
     ]
     assert [event.value for event in events.Scalars("expert_load/1")] == [0.75] * 4
-    assert {"grad_norm/0_default", "tgs/tgs_SMA"} <= set(events.Tags()["scalars"])
+    assert {"grad_norm/default", "grad_norm/experts", "tgs/tgs_SMA"} <= set(events.Tags()["scalars"])
     assert not {"mfu", "loss/cn", "step"} & set(events.Tags()["scalars"])
 
 
@@ -194,6 +194,15 @@ def test_tensorboard_forgets_the_steps_that_are_done_again(tmp_path, monkeypatch
     monkeypatch.setattr("time.time", lambda now=time.time: now() + 5)
     write(tmp_path, range(5, 7), first_step=5)
     assert [event.step for event in events_of(tmp_path).Scalars("loss")] == list(range(7))
+
+
+@pytest.mark.parametrize("by", [0, -3600, 3600])
+def test_tensorboard_shows_all_steps_whatever_the_clock_did(tmp_path, monkeypatch, by):
+    write(tmp_path, range(5))
+    for start in (4, 6):  # each resumption an hour off the one before
+        monkeypatch.setattr("time.time", lambda now=time.time: now() + by)
+        write(tmp_path, range(start, start + 3), first_step=start)
+    assert [event.step for event in events_of(tmp_path).Scalars("loss")] == list(range(9))
 
 
 def test_events_are_held_back_up_to_the_queue_length(tmp_path):

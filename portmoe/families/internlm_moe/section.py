@@ -76,6 +76,9 @@ class ModelConfig(ModelSection):
         """F: int(hidden · mlp_ratio) rounded up to a multiple of ``multiple_of``."""
         return -(-int(self.hidden_size * self.mlp_ratio) // self.multiple_of) * self.multiple_of
 
+    def is_moe_layer(self, layer: int) -> bool:
+        return self.num_experts > 1 and layer >= self.first_k_dense_replace
+
 
 def architecture(config: "Config") -> arch.Architecture:
     """The decoder of the benchmark, with the initial weights it prescribes."""
