@@ -16,6 +16,7 @@ import pytest
 
 from portmoe.errors import TrainingError
 from portmoe.record.console import Console
+from portmoe.record.flat import flat
 from portmoe.record.report import RunFacts, end_summary, start_block
 from portmoe.record.writers import Writers, drop_steps_from, read_metrics
 
@@ -50,9 +51,9 @@ def steps_of(directory):
 def test_one_object_and_one_line_per_step(tmp_path):
     shown = write(tmp_path, range(3))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [
-        record(step, 1 / (step + 1)) | {"loss/cn": None} for step in range(3)
-    ]
+    written = [json.loads(line) for line in lines]
+    assert all(datetime.fromisoformat(step.pop("timestamp")).tzinfo for step in written)
+    assert written == [flat(record(step, 1 / (step + 1)) | {"loss/cn": None}) for step in range(3)]
     assert shown.splitlines()[1].startswith("step=1 loss=0.5 ")
     logged = (tmp_path / "train.log").read_text().splitlines()
     stamps, texts = zip(*(line.split(" ", 1) for line in logged), strict=True)

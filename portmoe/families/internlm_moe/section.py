@@ -76,6 +76,11 @@ class ModelConfig(ModelSection):
         """F: int(hidden · mlp_ratio) rounded up to a multiple of ``multiple_of``."""
         return -(-int(self.hidden_size * self.mlp_ratio) // self.multiple_of) * self.multiple_of
 
+    @property
+    def checkpointed_layers(self) -> int:
+        """How many of the layers recompute their activations in the backward pass."""
+        return round(self.num_layers * float(self.checkpoint))
+
     def is_moe_layer(self, layer: int) -> bool:
         return self.num_experts > 1 and layer >= self.first_k_dense_replace
 

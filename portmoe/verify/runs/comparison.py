@@ -1,7 +1,8 @@
 """Two runs of one config, on two backends or layouts: are they the same run?"""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from portmoe.errors import ConfigError
 from portmoe.record.run_directory import CONFIG, first_difference
 from portmoe.record.writers import METRICS, read_metrics
 from portmoe.verify.runs.curves import (
+    LAYER_NORM,
     Distance,
     LossFigures,
     distance,
@@ -79,6 +81,13 @@ class Comparison:
         return min((j.left_at for j in self.quantities if j.left_at is not None), default=None)
 
 
+    @property
+    def loss_lost(self) -> bool:
+        """Whether both runs are without a loss where the losses first leave their band."""
+        loss = self.quantities[0]
+        return loss.left_at is not None and math.isnan(loss.distance.relative[self.steps.index(loss.left_at)])
+
+
 def read_run(path: Path) -> Run:
     """A run directory, finished or not.
 
@@ -131,7 +140,7 @@ def compare(first: Run, second: Run) -> Comparison:
             f"the runs have another global batch: {tokens[0]} and {tokens[1]} tokens after step {common[0]}; "
             "set data.global_batch_size alike in both"
         )
-    if "grad_norm_layers" not in a[0] or "grad_norm_layers" not in b[0]:
+    if not all(any(key.startswith(LAYER_NORM) for key in run[0]) for run in (a, b)):
         notes.append("gradient norms by layer: not recorded in both runs")
     notes += [
         f"{what} are judged over the first {most} of {len(common)} common steps, and shown for all"
@@ -141,12 +150,13 @@ def compare(first: Run, second: Run) -> Comparison:
     loss = distance("loss", _column(a, "loss"), _column(b, "loss"))
     moe_loss = distance("auxiliary loss", _column(a, "moe_loss"), _column(b, "moe_loss"))
     judged = [_judge(found, limits.loss, common, limits.loss_steps) for found in (loss, moe_loss)]
+    judged += _validation(a, b, common, limits, notes)
     # Where both runs begin they still have the same weights.
     begin = common[0] == first.steps[0]["step"] == second.steps[0]["step"]
     bands = (limits.norm, limits.first_norm if begin else None)
     layer_bands = (limits.layer_norm, limits.first_layer_norm if begin else None)
     others = [
-        (_dropped(a, b), limits.dropped, None),
+        *((found, limits.dropped, None) for found in _dropped(a, b)),
         *((found, *bands) for found in group_norms(a, b)),
         *((found, *layer_bands) for found in layer_norms(a, b)),
     ]
@@ -175,7 +185,36 @@ def _column(records: Sequence[dict[str, Any]], key: str) -> list[float | None]:
     return [record[key] for record in records]
 
 
-def _dropped(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) -> Distance:
-    """Rates are compared by their difference: near zero a quotient would say nothing."""
-    rates = [[record["dropped_token_rate"] or 0.0 for record in run] for run in (a, b)]
-    return Distance("dropped tokens, rate", *rates, [abs(y - x) for x, y in zip(*rates, strict=True)])
+def _dropped(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) -> Iterator[Distance]:
+    """Rates are compared by their difference: near zero a quotient would say nothing. A dense model has none."""
+    rates = [_column(run, "dropped_token_rate") for run in (a, b)]
+    if any(rate is not None for run in rates for rate in run):
+        pairs = zip(*rates, strict=True)
+        yield Distance("dropped tokens, rate", *rates, [_difference(x, y) for x, y in pairs])
+
+
+def _difference(x: float | None, y: float | None) -> float:
+    if x is None or y is None:
+        return math.nan if x is y else math.inf
+    return abs(y - x)
+
+
+def _validation(
+    a: Sequence[dict[str, Any]],
+    b: Sequence[dict[str, Any]],
+    common: Sequence[int],
+    limits: Thresholds,
+    notes: list[str],
+) -> Iterator[Judged]:
+    """The loss of the validations that both runs made after the same steps."""
+    made = [{i for i, record in enumerate(run) if "valid_loss" in record} for run in (a, b)]
+    both = sorted(made[0] & made[1])
+    if made[0] != made[1]:
+        notes.append(
+            f"validations: {len(made[0])} and {len(made[1])} in the common steps, {len(both)} after the same ones"
+        )
+    if both:
+        losses = (_column([run[i] for i in both], "valid_loss") for run in (a, b))
+        yield _judge(
+            distance("validation loss", *losses), limits.loss, [common[i] for i in both], len(both)
+        )

@@ -1,5 +1,6 @@
 """A comparison as text and as a page with plots."""
 
+import math
 from collections.abc import Sequence
 
 from portmoe.record import page
@@ -13,6 +14,8 @@ def verdict(found: Comparison) -> str:
     if found.passed:
         return "the runs agree"
     apart = [j.distance.label for j in found.quantities if j.left_at == found.left_at]
+    if "loss" in apart and found.loss_lost:
+        return f"nothing was compared from step {found.left_at} on: the loss is no number in both runs"
     return f"the runs part at step {found.left_at}: {', '.join(apart)}"
 
 
@@ -87,9 +90,11 @@ def _plots(judged: Judged, names: tuple[str, str]) -> list[str]:
     found = judged.distance
     return [
         svg.lines(found.label, [(names[0], found.first), (names[1], found.second)]),
-        svg.lines(f"{found.label}: deviation", [("", found.relative)], limit=judged.band, log=True),
+        svg.lines(f"{found.label}: deviation", [("", [None if math.isnan(r) else r for r in found.relative])], limit=judged.band, log=True),
     ]
 
 
 def _shares(judged: Sequence[Judged]) -> list[tuple[str, float, bool]]:
-    return [(j.distance.label, j.distance.largest / j.band, j.passed) for j in judged]
+    """A quantity without any number in both runs is as far off as can be."""
+    largest = [math.inf if math.isnan(j.distance.largest) else j.distance.largest for j in judged]
+    return [(j.distance.label, most / j.band, j.passed) for j, most in zip(judged, largest, strict=True)]

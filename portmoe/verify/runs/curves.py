@@ -1,12 +1,15 @@
 """How far two recorded runs are apart: losses, gradient norms, dropped tokens, step by step."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, pvariance
 from typing import Any
 
+from portmoe.record.flat import EMBEDDING, HEAD
+
 Record = Mapping[str, Any]
+GROUP_NORM, LAYER_NORM = "grad_norm/", "grad_norm_layers/"
 
 
 @dataclass(frozen=True)
@@ -14,24 +17,35 @@ class Distance:
     """One quantity in both runs.
 
     Attributes:
-        label: as in "loss" or "gradient norm, 1_fp32".
+        label: as in "loss" or "gradient norm, fp32".
         first, second: the values by step; None where not finite.
-        relative: |second − first| / |first| by step, infinite where only one is finite.
+        relative: |second − first| / |first| by step, infinite where only one is finite, nan where neither is:
+            nothing is compared there.
+        excused: the steps, by index, where neither need be: skipped ones have no gradient norm.
     """
 
     label: str
     first: Sequence[float | None]
     second: Sequence[float | None]
     relative: Sequence[float]
+    excused: frozenset[int] = frozenset()
 
     @property
     def largest(self) -> float:
-        return max(self.relative, default=0.0)
+        """Of the deviations that could be taken; nan where there is none."""
+        return max((r for r in self.relative if not math.isnan(r)), default=math.nan)
 
     def leaves(self, band: float, first: float | None = None) -> int | None:
-        """Index of the first step beyond ``band``, or None; ``first``: the band of the first step."""
+        """Index of the first step beyond ``band``, or None; ``first``: the band of the first step.
+
+        A step at which neither run has a number is beyond every band, unless it is excused; so is the first
+        one where that holds for all.
+        """
+        if all(map(math.isnan, self.relative)):
+            return 0
         bands = [band if first is None else first, *[band] * len(self.relative)]
-        return next((i for i, r in enumerate(self.relative) if not r <= bands[i]), None)
+        beyond = (i for i, r in enumerate(self.relative) if not r <= bands[i])
+        return next((i for i in beyond if not (math.isnan(self.relative[i]) and i in self.excused)), None)
 
 
 @dataclass(frozen=True)
@@ -51,12 +65,15 @@ class LossFigures:
 
 
 def distance(
-    label: str, first: Sequence[float | None], second: Sequence[float | None], floor: float = 0.0
+    label: str,
+    first: Sequence[float | None],
+    second: Sequence[float | None],
+    floor: float = 0.0,
+    excused: Iterable[int] = (),
 ) -> Distance:
     """``floor``: a deviation counts relative to at least this, for values near zero."""
-    return Distance(
-        label, first, second, [_relative(a, b, floor) for a, b in zip(first, second, strict=True)]
-    )
+    relative = [_relative(a, b, floor) for a, b in zip(first, second, strict=True)]
+    return Distance(label, first, second, relative, frozenset(excused))
 
 
 def loss_figures(loss: Distance) -> LossFigures:
@@ -69,15 +86,9 @@ def loss_figures(loss: Distance) -> LossFigures:
 
 
 def group_norms(first: Sequence[Record], second: Sequence[Record]) -> Iterator[Distance]:
-    """Per parameter group; layouts name the experts' group differently, so groups go by their place."""
-    names = zip(_groups(first, "grad_norm"), _groups(second, "grad_norm"), strict=False)
-    for a, b in names:
-        label = a if a == b else f"{a} / {b}"
-        yield distance(
-            f"gradient norm, {label}",
-            [record["grad_norm"][a] for record in first],
-            [record["grad_norm"][b] for record in second],
-        )
+    """Per parameter group."""
+    for column in _columns(first, second, GROUP_NORM):
+        yield _norms(f"gradient norm, {column.removeprefix(GROUP_NORM)}", column, first, second)
 
 
 def layer_norms(first: Sequence[Record], second: Sequence[Record]) -> Iterator[Distance]:
@@ -85,35 +96,41 @@ def layer_norms(first: Sequence[Record], second: Sequence[Record]) -> Iterator[D
 
     A place is judged against at least a thousandth of its group's whole norm.
     """
-    names = zip(_groups(first, "grad_norm_layers"), _groups(second, "grad_norm_layers"), strict=False)
-    for a, b in names:
-        places = len(first[0]["grad_norm_layers"][a])
-        floors = [record["grad_norm"][a] for record in first]
-        floor = 1e-3 * min((f for f in floors if f is not None), default=0.0)
-        for place in range(places):
-            values = (
-                [record["grad_norm_layers"][name][place] for record in run]
-                for name, run in ((a, first), (b, second))
-            )
-            found = distance(f"gradient norm, {a}, {place_name(place, places)}", *values, floor)
-            if any(found.first) or any(found.second):
-                yield found
+    if not all(_columns(run, run, LAYER_NORM) for run in (first, second)):
+        return
+    for column in _columns(first, second, LAYER_NORM):
+        group, _, place = column.removeprefix(LAYER_NORM).partition("/")
+        whole = [norm for record in first if (norm := record.get(f"{GROUP_NORM}{group}")) is not None]
+        label = f"gradient norm, {group}, {place_name(place)}"
+        found = _norms(label, column, first, second, 1e-3 * min(whole, default=0.0))
+        if any(found.first) or any(found.second):
+            yield found
 
 
-def place_name(place: int, places: int) -> str:
-    """What an entry of ``grad_norm_layers`` stands for."""
-    if place == 0:
-        return "embedding"
-    return "norm and head" if place == places - 1 else f"layer {place - 1}"
+def place_name(place: str) -> str:
+    """What the last part of a column of ``grad_norm_layers`` stands for."""
+    return {EMBEDDING: "embedding", HEAD: "norm and head"}.get(place, f"layer {place}")
 
 
-def _groups(run: Sequence[Record], key: str) -> list[str]:
-    return list(run[0].get(key, ())) if run else []
+def _columns(first: Sequence[Record], second: Sequence[Record], prefix: str) -> list[str]:
+    """Those of either run, in order."""
+    steps = (*first[:1], *second[:1])
+    return list(dict.fromkeys(key for record in steps for key in record if key.startswith(prefix)))
+
+
+def _norms(
+    label: str, column: str, first: Sequence[Record], second: Sequence[Record], floor: float = 0.0
+) -> Distance:
+    """A step that both runs skipped has a loss and no norm."""
+    runs = ([record.get(column) for record in run] for run in (first, second))
+    pairs = enumerate(zip(first, second, strict=True))
+    skipped = [i for i, pair in pairs if all(record["loss"] is not None for record in pair)]
+    return distance(label, *runs, floor, skipped)
 
 
 def _relative(a: float | None, b: float | None, floor: float) -> float:
     if a is None or b is None:
-        return 0.0 if a is b else math.inf
+        return math.nan if a is b else math.inf
     if a == b:
         return 0.0
     scale = max(abs(a), floor)

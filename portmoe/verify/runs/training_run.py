@@ -5,6 +5,7 @@ all operations: after a change to the model, the data or the schedule, and never
 """
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from portmoe.verify.machine.child import run_python
 from portmoe.files import json_text, write_whole
 from portmoe.ops import OPERATIONS
 from portmoe.ops.table import REFERENCE
+from portmoe.record.flat import as_now
 from portmoe.record.writers import METRICS, read_metrics
 from portmoe.verify.backend.report import Curve
 from portmoe.result import Result
@@ -25,13 +27,13 @@ from portmoe.verify.runs.curves import Distance, distance, group_norms, layer_no
 from portmoe.verify.runs.thresholds import FLOAT32, Thresholds
 
 CONFIG_FILE, REFERENCE_FILE = "reference_run.yaml", "reference_run.json"
-KEPT = ("step", "loss", "moe_loss", "grad_norm", "grad_norm_layers", "dropped_token_rate")
+KEPT = re.compile(r"step|loss|moe_loss|grad_norm(_layers)?/.+|dropped_token_rate")
 
 
 def reference() -> list[dict[str, Any]]:
     """The recorded steps."""
     text = files("portmoe.verify.runs").joinpath(REFERENCE_FILE).read_text(encoding="utf-8")
-    return json.loads(text)["steps"]
+    return [as_now(step) for step in json.loads(text)["steps"]]
 
 
 def check_training(backend: str, timeout: float) -> tuple[list[Result], list[Curve]]:
@@ -114,7 +116,8 @@ def record() -> None:
     with tempfile.TemporaryDirectory(prefix="portmoe-") as folder:
         directory = Path(folder, "run")
         subprocess.run([sys.executable, *_command("cpu", directory, **{"ops.disable": disabled})], check=True)
-        steps = [{key: step[key] for key in KEPT} for step in read_metrics(directory / METRICS)]
+        recorded = read_metrics(directory / METRICS)
+        steps = [{key: step[key] for key in step if KEPT.fullmatch(key)} for step in recorded]
         environment = json.loads((directory / "environment.json").read_text(encoding="utf-8"))
     content = {
         "config": CONFIG_FILE,

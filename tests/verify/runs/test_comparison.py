@@ -15,16 +15,23 @@ from portmoe.verify.runs.thresholds import BFLOAT16, FLOAT32
 STEPS = 12
 
 
+PLACES = {"embedding": 0.1, "0": 0.5, "1": 0.8, "head": 0.2}
+
+
 def record(step, **changes):
     loss = 6.0 - 0.25 * step
-    norms = {"0_default": 2.0, "1_fp32": 0.5, "2_moe_ep_size_1": 1.0}
-    layers = {group: [0.1 * norm, 0.5 * norm, 0.8 * norm, 0.2 * norm] for group, norm in norms.items()}
+    norms = {"default": 2.0, "fp32": 0.5, "experts": 1.0}
+    layers = {
+        f"grad_norm_layers/{group}/{place}": share * norm
+        for group, norm in norms.items()
+        for place, share in PLACES.items()
+    }
     values = {
         "step": step,
         "loss": loss,
         "moe_loss": 0.1,
-        "grad_norm": norms,
-        "grad_norm_layers": layers,
+        **{f"grad_norm/{group}": norm for group, norm in norms.items()},
+        **layers,
         "dropped_token_rate": 0.05,
         "num_consumed_tokens": 256 * (step + 1),
     }
@@ -78,13 +85,13 @@ def test_one_layers_gradient_is_seen_where_loss_and_group_norms_look_fine(run_of
     def changed(step):
         step_record = record(step)
         if step >= 7:
-            step_record["grad_norm_layers"]["1_fp32"][2] *= 1.01
+            step_record["grad_norm_layers/fp32/1"] *= 1.01
         return step_record
 
     a, b = run_of("a", map(record, range(STEPS))), run_of("b", map(changed, range(STEPS)))
     found = compare(read_run(a), read_run(b))
     failed = [label for label, j in judged(found).items() if not j.passed]
-    assert failed == ["gradient norm, 1_fp32, layer 1"]
+    assert failed == ["gradient norm, fp32, layer 1"]
     assert found.left_at == 7
     assert "step 7" in comparison_report.verdict(found)
 
@@ -93,7 +100,7 @@ def test_one_layers_gradient_is_seen_where_loss_and_group_norms_look_fine(run_of
 def test_the_first_step_of_both_runs_is_judged_more_strictly(run_of, begin, passed):
     def changed(step):
         made = record(step)
-        made["grad_norm_layers"]["0_default"][1] *= 1 + 1e-4
+        made["grad_norm_layers/default/0"] *= 1 + 1e-4
         return made
 
     a = run_of("a", map(record, range(begin + 5)))
@@ -107,7 +114,7 @@ def test_values_near_zero_count_against_their_group(run_of):
     def tiny(value):
         def make(step):
             made = record(step)
-            made["grad_norm_layers"]["0_default"][0] = value
+            made["grad_norm_layers/default/embedding"] = value
             return made
 
         return make
@@ -126,24 +133,83 @@ def test_a_loss_that_is_not_finite_leaves_every_band(run_of, value):
     assert comparison_report.html(found)
 
 
-def test_experts_groups_of_two_layouts_are_one(run_of):
-    def renamed(step):
-        made = record(step)
-        for key in ("grad_norm", "grad_norm_layers"):
-            made[key]["2_moe_ep_size_4"] = made[key].pop("2_moe_ep_size_1")
-        return made
+def test_metrics_of_a_former_version_go_with_those_of_this_one(run_of):
+    """It had the groups nested, under names that tell over how many ranks the experts are spread."""
 
-    a, b = run_of("a", map(record, range(3))), run_of("b", map(renamed, range(3)))
-    found = compare(read_run(a), read_run(b))
-    assert found.passed
-    assert "gradient norm, 2_moe_ep_size_1 / 2_moe_ep_size_4" in judged(found)
+    def former(step, ranks):
+        made = record(step)
+        names = {"default": "0_default", "fp32": "1_fp32", "experts": f"2_moe_ep_size_{ranks}"}
+        norms = {old: made.pop(f"grad_norm/{new}") for new, old in names.items()}
+        layers = {
+            old: [made.pop(f"grad_norm_layers/{new}/{place}") for place in PLACES]
+            for new, old in names.items()
+        }
+        return made | {"grad_norm": norms, "grad_norm_layers": layers}
+
+    a = run_of("a", map(record, range(3)))
+    b = run_of("b", [former(step, 2 if step < 2 else 1) for step in range(3)])  # resumed on one rank
+    for pair in ((a, b), (b, b)):
+        found = compare(*map(read_run, pair))
+        assert found.passed
+        assert len(found.quantities) == 3 + 3 + 12
+
+
+def without(names, steps):
+    return [record(s, **(dict.fromkeys(names) if s in steps else {})) for s in range(STEPS)]
+
+
+NORMS = [key for key in record(0) if key.startswith("grad_norm")]
+
+
+@pytest.mark.parametrize("lost", [range(1, STEPS), range(STEPS), range(STEPS - 1, STEPS)])
+def test_without_a_loss_in_both_nothing_is_compared(run_of, lost, capsys):
+    runs = [run_of(name, without(["loss", "moe_loss", *NORMS], lost)) for name in "ab"]
+    found = compare(*map(read_run, runs))
+    assert (found.passed, found.left_at) == (False, lost[0])
+    assert f"nothing was compared from step {lost[0]} on" in comparison_report.text(found)
+    assert comparison_report.html(found)
+    with pytest.raises(SystemExit) as ended:
+        portmoe(["compare", *map(str, runs)])
+    assert ended.value.code == 4
+
+
+def test_a_step_skipped_in_both_has_no_norms_and_all_skipped_is_nothing_compared(run_of):
+    some = compare(*(read_run(run_of(name, without(NORMS, [2, 3]))) for name in "ab"))
+    assert some.passed
+    none = compare(*(read_run(run_of(name, without(NORMS, range(STEPS)))) for name in "cd"))
+    assert (none.passed, none.left_at) == (False, 0)
+
+
+@pytest.mark.parametrize("name", ["grad_norm/experts", "dropped_token_rate", "loss"])
+def test_a_number_that_one_run_lacks_is_no_agreement(run_of, name):
+    gone = [{k: v for k, v in record(s).items() if k != name} for s in range(STEPS)]
+    if name != "grad_norm/experts":
+        gone = [step | {name: None} for step in gone]
+    a, b = run_of("a", map(record, range(STEPS))), run_of("b", gone)
+    assert not compare(read_run(a), read_run(b)).passed
+    assert not compare(read_run(b), read_run(a)).passed
+
+
+def test_validations_are_compared(run_of):
+    def validated(loss, every):
+        return [record(s) | ({"valid_loss": loss} if s % every == 1 else {}) for s in range(STEPS)]
+
+    runs = (("a", 5.0, 2), ("b", 5.0, 4), ("c", 5.001, 2), ("d", None, 2), ("e", None, 2))
+    a, b, c, d, e = (read_run(run_of(n, validated(loss, every))) for n, loss, every in runs)
+    assert compare(a, a).passed
+    alike = compare(a, b)
+    assert alike.passed
+    assert any("validations: 6 and 3" in note for note in alike.notes)
+    assert compare(a, c).left_at == 1
+    assert judged(compare(a, c))["validation loss"].passed is False
+    assert not compare(d, e).passed
 
 
 def test_sixteen_bit_runs_get_wider_bands_and_norms_are_judged_early_only(run_of):
     def noisy(step):
         made = record(step) | {"loss": record(step)["loss"] * 1.01}
         if step == 11:
-            made["grad_norm"]["1_fp32"] = 5.0
+            made["grad_norm/fp32"] = 5.0
         return made
 
     bf16 = ("model.dtype=bfloat16",)
@@ -162,9 +228,7 @@ def test_only_common_steps_are_compared(run_of):
 
 def test_old_runs_without_norms_by_layer(run_of):
     def old(step):
-        made = record(step)
-        del made["grad_norm_layers"]
-        return made
+        return {key: value for key, value in record(step).items() if "grad_norm_layers" not in key}
 
     a, b = run_of("a", map(record, range(3))), run_of("b", map(old, range(3)))
     found = compare(read_run(a), read_run(b))
