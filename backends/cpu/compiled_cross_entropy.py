@@ -3,7 +3,8 @@
 import torch
 
 from portmoe.backends.cpu.native import addresses, kernel, require, supports
-from portmoe.ops.chunked_cross_entropy import Statistics, Targets, chunked
+from portmoe.ops.chunked_cross_entropy import chunked
+from portmoe.ops.cross_entropy import CUT_VOCABULARY, Statistics, Targets
 from portmoe.ops.operation import Implementation
 
 
@@ -46,4 +47,4 @@ class Kernels:
         return grad_TS, grad_ST
 
 
-ALL = (Implementation("cross_entropy", "compiled", chunked(Kernels()), supports),)
+ALL = (Implementation("cross_entropy", "compiled", chunked(Kernels()), supports, handles=(CUT_VOCABULARY,)),)

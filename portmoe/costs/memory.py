@@ -10,7 +10,7 @@ from portmoe.config import Config
 from portmoe.costs.parameters import ParameterCount, layer_parameters, moe_layers
 from portmoe.model.capacity import expert_rows
 from portmoe.model.precision import compute_dtype
-from portmoe.ops.chunked_cross_entropy import KEPT_ELEMENTS
+from portmoe.ops.cross_entropy import kept_bytes
 
 FP32_BYTES = 4
 INDEX_BYTES = 8
@@ -154,7 +154,7 @@ def activation_bytes(
     if head:
         norm = hidden * element // input_ranks + hidden * element // sequence_ranks
         kept += tokens * (norm + FP32_BYTES)
-        kept += min(tokens * model.vocab_size // tensor_ranks, KEPT_ELEMENTS) * element
+        kept += kept_bytes(tokens, model.vocab_size // tensor_ranks, compute_dtype(model))
     return kept
 
 

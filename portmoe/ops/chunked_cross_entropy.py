@@ -10,73 +10,18 @@ What is done with a slice's logits is an argument, ``Arithmetic``: a backend may
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from portmoe.ops.cross_entropy import IGNORED
+from portmoe.ops.cross_entropy import IGNORED, KEPT_LOGITS, Arithmetic, CutVocabulary, Statistics, Targets
 from portmoe.ops.products import slow_in
 
 # Of one slice's logits. On the CPU 8 MiB in float32, which stay in the cache; an accelerator wants wide
 # products.
 SLICE_ELEMENTS = 2**21
 ACCELERATOR_SLICE_ELEMENTS = 2**24
-KEPT_ELEMENTS = 2**22  # of the slices that are kept for the backward pass
-
-
-@dataclass
-class Statistics:
-    """What the loss is made of, per token over the classes seen so far; float32 unless noted."""
-
-    largest_T: torch.Tensor  # logit
-    predicted_T: torch.Tensor  # int64, the first class that has it
-    exp_sum_T: torch.Tensor  # Σ exp(logit − largest)
-    logit_sum_T: torch.Tensor  # Σ logit; 0 without label smoothing
-    target_T: torch.Tensor  # the label's logit; 0 where it is none of these classes
-
-    @classmethod
-    def of_no_class(cls, labels_T: torch.Tensor, dtype: torch.dtype) -> "Statistics":
-        largest_T = torch.full(labels_T.shape, -torch.inf, dtype=dtype, device=labels_T.device)
-        return cls(largest_T, torch.zeros_like(labels_T), *(torch.zeros_like(largest_T) for _ in range(3)))
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What the logits' gradients are made of besides the logits.
-
-    Attributes:
-        log_sum_T: log Σ exp(logit) over all classes there are.
-        grad_T: of the loss, float32; 0 where the label is ignored.
-        smoothing: taken from the label's class …
-        uniform: … and given to every class.
-    """
-
-    labels_T: torch.Tensor
-    log_sum_T: torch.Tensor
-    grad_T: torch.Tensor
-    smoothing: float
-    uniform: float
-
-
-class Arithmetic(Protocol):
-    """What is done with the logits of the classes from ``start`` on."""
-
-    def add(
-        self,
-        statistics: Statistics,
-        logits_TS: torch.Tensor,
-        labels_T: torch.Tensor,
-        start: int,
-        smoothed: bool,
-    ) -> None:
-        """Take the slice into ``statistics``, in place."""
-
-    def gradients(
-        self, logits_TS: torch.Tensor, start: int, targets: Targets
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the loss by the logits: grad · (softmax − smoothed target), in their dtype; and transposed."""
 
 
 class TorchArithmetic:
@@ -120,12 +65,17 @@ TORCH = TorchArithmetic()
 
 
 def chunked(arithmetic: Arithmetic) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """``cross_entropy`` in memory of order T·H + some slices besides the gradients."""
+    """``cross_entropy`` in memory of order T·H + some slices besides the gradients, cut or whole."""
 
     def chunked_cross_entropy(
-        x_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor, label_smoothing: float
+        x_TH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        labels_T: torch.Tensor,
+        label_smoothing: float,
+        cut: CutVocabulary | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return _ChunkedCrossEntropy.apply(x_TH, weight_VH, labels_T, label_smoothing, arithmetic)
+        cut = cut or CutVocabulary(0, weight_VH.shape[0], lambda statistics: statistics)
+        return _ChunkedCrossEntropy.apply(x_TH, weight_VH, labels_T, label_smoothing, cut, arithmetic)
 
     return chunked_cross_entropy
 
@@ -141,15 +91,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight_VH: torch.Tensor,
         labels_T: torch.Tensor,
         label_smoothing: float,
+        cut: CutVocabulary,
         arithmetic: Arithmetic,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        s, kept = slice_statistics(x_TH, weight_VH, labels_T, label_smoothing, arithmetic)
+        statistics = Statistics.of_no_class(labels_T, torch.promote_types(x_TH.dtype, torch.float32))
+        kept = []
+        for start, logits_TS in _slices(x_TH, weight_VH):
+            if logits_TS.shape[0] * start + logits_TS.numel() <= KEPT_LOGITS:
+                kept.append(logits_TS)
+            arithmetic.add(statistics, logits_TS, labels_T, cut.first + start, label_smoothing > 0)
+        s = cut.combine(statistics)
         log_sum_T = s.exp_sum_T.log_().add_(s.largest_T)
-        uniform = label_smoothing / weight_VH.shape[0]
+        uniform = label_smoothing / cut.classes
         loss_T = log_sum_T - (1 - label_smoothing) * s.target_T - uniform * s.logit_sum_T
         correct_T = s.predicted_T == labels_T
         ctx.save_for_backward(x_TH, weight_VH, labels_T, log_sum_T, *kept)
-        ctx.label_smoothing, ctx.arithmetic = label_smoothing, arithmetic
+        ctx.smoothing, ctx.uniform, ctx.first, ctx.arithmetic = (
+            label_smoothing,
+            uniform,
+            cut.first,
+            arithmetic,
+        )
         ctx.mark_non_differentiable(correct_T)
         return loss_T.masked_fill_(labels_T == IGNORED, 0.0), correct_T
 
@@ -157,55 +119,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_T: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
         x_TH, weight_VH, labels_T, log_sum_T, *kept = ctx.saved_tensors
         grad_T = grad_T.masked_fill(labels_T == IGNORED, 0.0)
-        uniform = ctx.label_smoothing / weight_VH.shape[0]
-        targets = Targets(labels_T, log_sum_T, grad_T, ctx.label_smoothing, uniform)
-        wanted = ctx.needs_input_grad[:2]
-        return *slice_gradients(x_TH, weight_VH, kept, targets, wanted, ctx.arithmetic), None, None, None
-
-
-def slice_statistics(
-    x_TH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    labels_T: torch.Tensor,
-    label_smoothing: float,
-    arithmetic: Arithmetic = TORCH,
-) -> tuple[Statistics, list[torch.Tensor]]:
-    """Statistics over the classes of ``weight_VH``, and the first slices' logits for ``slice_gradients``."""
-    statistics = Statistics.of_no_class(labels_T, torch.promote_types(x_TH.dtype, torch.float32))
-    kept = []
-    for start, logits_TS in _slices(x_TH, weight_VH):
-        if logits_TS.shape[0] * start + logits_TS.numel() <= KEPT_ELEMENTS:
-            kept.append(logits_TS)
-        arithmetic.add(statistics, logits_TS, labels_T, start, label_smoothing > 0)
-    return statistics, kept
-
-
-def slice_gradients(
-    x_TH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    kept: Sequence[torch.Tensor],
-    targets: Targets,
-    wanted: tuple[bool, ...],
-    arithmetic: Arithmetic = TORCH,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of x and of ``weight_VH`` from the classes it has, where ``wanted``.
-
-    ``kept`` are the first slices' logits; the others are computed again.
-    """
-    wants_x, wants_weight = wanted
-    grad_x_TH = torch.zeros_like(x_TH, dtype=targets.log_sum_T.dtype) if wants_x else None
-    grad_weight_VH = torch.empty_like(weight_VH) if wants_weight else None
-    factor_TH = _factor(x_TH)
-    for start, logits_TS in _slices(x_TH, weight_VH, kept):
-        grad_TS, grad_ST = map(_factor, arithmetic.gradients(logits_TS, start, targets))
-        rows = slice(start, start + len(grad_ST))
-        if wants_x and grad_TS.dtype == grad_x_TH.dtype:
-            grad_x_TH.addmm_(grad_TS, _factor(weight_VH[rows]))
-        elif wants_x:
-            grad_x_TH += grad_TS @ weight_VH[rows]
-        if wants_weight:
-            grad_weight_VH[rows] = grad_ST @ factor_TH
-    return grad_x_TH.to(x_TH.dtype) if wants_x else None, grad_weight_VH
+        targets = Targets(labels_T, log_sum_T, grad_T, ctx.smoothing, ctx.uniform)
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        grad_x_TH = torch.zeros_like(x_TH, dtype=log_sum_T.dtype) if wants_x else None
+        grad_weight_VH = torch.empty_like(weight_VH) if wants_weight else None
+        factor_TH = _factor(x_TH)
+        for start, logits_TS in _slices(x_TH, weight_VH, kept):
+            grad_TS, grad_ST = map(_factor, ctx.arithmetic.gradients(logits_TS, ctx.first + start, targets))
+            rows = slice(start, start + len(grad_ST))
+            if wants_x and grad_TS.dtype == grad_x_TH.dtype:
+                grad_x_TH.addmm_(grad_TS, _factor(weight_VH[rows]))
+            elif wants_x:
+                grad_x_TH += grad_TS @ weight_VH[rows]
+            if wants_weight:
+                grad_weight_VH[rows] = grad_ST @ factor_TH
+        grad_x_TH = grad_x_TH.to(x_TH.dtype) if wants_x else None
+        return grad_x_TH, grad_weight_VH, None, None, None, None
 
 
 def _slices(

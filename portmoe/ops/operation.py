@@ -27,6 +27,8 @@ class Implementation:
         supports: None if it computes this workload, otherwise the reason why not, in words.
         requested_by: the config key that asks for this kind of implementation
             ("moe.use_fused_gating"); it is considered only while that key is true.
+        handles: the optional parts of the contract it computes, as the operation's file names them. It is
+            never given others.
     """
 
     op: str
@@ -34,6 +36,7 @@ class Implementation:
     function: Callable[..., Any]
     supports: Callable[[Workload], str | None] = always
     requested_by: str | None = None
+    handles: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,22 @@ class Operation:
     ``samples(workload, generator)`` draws arguments of the workload's shapes, device and dtype from
     a CPU generator, the usual case first; it serves the conformance tests and the measured choice.
     The references compute float64 input in float64, which gives a control without rounding.
+    ``needs(workload)`` names the optional parts of the contract that a workload makes use of; the reference
+    computes all.
     """
 
     name: str
     reference: Callable[..., Any]
     samples: Callable[[Workload, torch.Generator], Sequence[Sample]]
     tolerances: Mapping[torch.dtype, Tolerance]
+    needs: Callable[[Workload], Sequence[str]] = lambda workload: ()
+
+    def why_not(self, implementation: Implementation, workload: Workload) -> str | None:
+        """Why ``implementation`` cannot compute this workload; None if it can."""
+        lacking = [part for part in self.needs(workload) if part not in implementation.handles]
+        if lacking and implementation.function is not self.reference:
+            return f"it does not take {' nor '.join(lacking)}"
+        return implementation.supports(workload)
 
     def tolerance(self, sample: Sample) -> Tolerance:
         """What this call is judged by: the tolerance for its least precise floating-point argument."""

@@ -200,7 +200,7 @@ def _choose_one(
     timings: Timings,
 ) -> tuple[Callable[..., Any], Choice]:
     candidates = (*offered, Implementation(operation.name, REFERENCE, operation.reference))
-    reasons = {c.name: _why_not(c, workload, config) for c in candidates}
+    reasons = {c.name: _why_not(operation, c, workload, config) for c in candidates}
     fit = [c for c in candidates if reasons[c.name] is None]
     seconds: dict[str, float] = {}
     if config.ops.select == "measure" and len(fit) > 1:
@@ -233,12 +233,14 @@ def _choose_one(
     return winner.function, Choice(operation.name, winner.name, record)
 
 
-def _why_not(candidate: Implementation, workload: Workload, config: Config) -> str | None:
+def _why_not(
+    operation: Operation, candidate: Implementation, workload: Workload, config: Config
+) -> str | None:
     if f"{candidate.op}.{candidate.name}" in config.ops.disable:
         return "switched off by ops.disable"
     if candidate.requested_by and not _setting(config, candidate.requested_by):
         return f"not asked for: {candidate.requested_by} is false"
-    return candidate.supports(workload)
+    return operation.why_not(candidate, workload)
 
 
 def _check_disabled(disabled: Sequence[str], by_op: Mapping[str, Sequence[Implementation]]) -> None:

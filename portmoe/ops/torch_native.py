@@ -14,6 +14,7 @@ from torch.optim.adamw import adamw as torch_adamw
 
 from portmoe.ops.attention import Segments, check_covers
 from portmoe.ops.chunked_cross_entropy import chunked_cross_entropy
+from portmoe.ops.cross_entropy import CUT_VOCABULARY
 from portmoe.ops.gather_dispatch import gather_combine, gather_dispatch
 from portmoe.ops.operation import Implementation
 from portmoe.ops.workload import Workload
@@ -172,7 +173,9 @@ EXPERT_FFN_RAGGED_LOOP = Implementation("expert_ffn_ragged", "loop", _expert_loo
 EXPERT_FFN_GROUPED_MM = Implementation(
     "expert_ffn_ragged", "grouped_mm", _expert_grouped_mm, _grouped_mm_supports
 )
-CROSS_ENTROPY_CHUNKED = Implementation("cross_entropy", "chunked", chunked_cross_entropy)
+CROSS_ENTROPY_CHUNKED = Implementation(
+    "cross_entropy", "chunked", chunked_cross_entropy, handles=(CUT_VOCABULARY,)
+)
 ADAMW_FUSED = Implementation("adamw", "fused", _adamw_fused)
 ADAMW_FOREACH = Implementation("adamw", "foreach", _adamw_foreach)
 

@@ -1,11 +1,15 @@
 """cross_entropy, every implementation, against its definition token by token in float64."""
 
+import copy
+from functools import partial
+
 import pytest
 import torch
 
 from portmoe.backends.cpu import compiled_cross_entropy, native
 from portmoe.ops import chunked_cross_entropy as chunked
 from portmoe.ops import cross_entropy, torch_native
+from portmoe.ops.cross_entropy import CutVocabulary, Statistics, merged
 
 FUNCTIONS = {"reference": cross_entropy, "chunked": torch_native.CROSS_ENTROPY_CHUNKED.function}
 if not isinstance(native.kernels(), str):  # there is a compiler
@@ -37,7 +41,7 @@ def case(tokens=9, hidden=8, classes=29, dtype=torch.float32):
 )
 def slice_elements(request, monkeypatch):
     monkeypatch.setattr(chunked, "SLICE_ELEMENTS", request.param[0])
-    monkeypatch.setattr(chunked, "KEPT_ELEMENTS", request.param[1])
+    monkeypatch.setattr(chunked, "KEPT_LOGITS", request.param[1])
 
 
 @pytest.mark.usefixtures("slice_elements")
@@ -59,6 +63,57 @@ def test_forward_and_gradients(function, smoothing, dtype, tolerance, sizes):
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == dtype
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+
+
+def of_ranks(function, x_TH, weight_VH, labels_T, smoothing, ranks):
+    """Each rank's results, its classes being one of ``ranks`` equal runs of all."""
+    parts = weight_VH.chunk(ranks)
+    assert len({len(part) for part in parts}) == 1
+    seen = {}
+
+    def call(rank, combine):
+        cut = CutVocabulary(rank * len(parts[0]), len(weight_VH), combine)
+        return function(x_TH, parts[rank], labels_T, smoothing, cut)
+
+    def sent(rank, mine):
+        seen[rank] = copy.deepcopy(mine)
+        return mine
+
+    for rank in range(ranks):
+        call(rank, partial(sent, rank))
+    together = [torch.stack([vars(seen[rank])[name] for rank in range(ranks)]) for name in vars(seen[0])]
+    return [call(rank, lambda mine: merged(Statistics(*together))) for rank in range(ranks)]
+
+
+@pytest.mark.usefixtures("slice_elements")
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_vocabulary_that_is_cut(function, smoothing, dtype, tolerance, ranks):
+    x_TH, weight_VH, labels_T, grad_T = case(tokens=67, classes=4 * 25, dtype=dtype)
+    doubles = [t.detach().double().requires_grad_() for t in (x_TH, weight_VH)]
+    expected = definition(*doubles, labels_T, smoothing)
+    grad_x_TH, grad_weight_VH = torch.autograd.grad(expected, doubles, grad_T.double())
+    predicted_T = (x_TH @ weight_VH.t()).argmax(dim=1)
+    summed_TH, rows_VH = torch.zeros_like(doubles[0]), []
+    for loss_T, correct_T in of_ranks(function, x_TH, weight_VH, labels_T, smoothing, ranks):
+        torch.testing.assert_close(loss_T.double(), expected, rtol=tolerance, atol=tolerance)
+        assert (loss_T[labels_T == -100] == 0).all()
+        if dtype == torch.float32:
+            assert torch.equal(correct_T, predicted_T == labels_T)
+        part_TH, part_VH = torch.autograd.grad(loss_T, (x_TH, weight_VH), grad_T)
+        summed_TH += part_TH.double()
+        rows_VH.append(part_VH.double())
+    torch.testing.assert_close(summed_TH, grad_x_TH, rtol=tolerance, atol=tolerance * ranks)
+    torch.testing.assert_close(sum(rows_VH), grad_weight_VH, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_of_equal_logits_on_two_ranks_the_lower_class_is_predicted(function):
+    x_TH, weight_VH = torch.ones(4, 1), torch.tensor([[0.0], [2.0], [2.0], [1.0]])
+    for _, correct_T in of_ranks(function, x_TH, weight_VH, torch.tensor([1, 2, 0, -100]), 0.0, 2):
+        assert correct_T.tolist() == [True, False, False, False]
 
 
 @pytest.mark.usefixtures("slice_elements")
@@ -104,7 +159,7 @@ def test_chunked_never_computes_more_than_a_slice_and_keeps_the_first_ones(monke
     widths = []
     linear = torch.nn.functional.linear
     monkeypatch.setattr(chunked, "SLICE_ELEMENTS", 9 * 10)
-    monkeypatch.setattr(chunked, "KEPT_ELEMENTS", 9 * 19)
+    monkeypatch.setattr(chunked, "KEPT_LOGITS", 9 * 19)
     monkeypatch.setattr(chunked.F, "linear", lambda x, w: widths.append(len(w)) or linear(x, w))
     x_TH, weight_VH, labels_T, grad_T = case()
     loss_T, _ = chunked.chunked_cross_entropy(x_TH, weight_VH, labels_T, 0.0)

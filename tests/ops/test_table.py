@@ -14,6 +14,7 @@ from portmoe.config.sections.experts import MoeConfig
 from portmoe.errors import BackendError, ConfigError
 from portmoe.families.internlm_moe.section import ModelConfig
 from portmoe.ops import OPERATIONS, Implementation, Operation, choose
+from portmoe.ops.cross_entropy import CUT_VOCABULARY
 from portmoe.ops.operation import Sample, rounding
 
 
@@ -82,6 +83,24 @@ def test_the_reference_when_nothing_is_offered():
     table, record, _ = pick([])
     assert table.topk_gating is double
     assert candidates(record)["reference"][0]
+
+
+def test_an_optional_part_of_a_contract_goes_only_to_who_says_that_it_handles_it():
+    offered = [
+        Implementation("cross_entropy", "of_today", broken),
+        Implementation("cross_entropy", "cut_too", fast, handles=(CUT_VOCABULARY,)),
+    ]
+    operations = {"cross_entropy": OPERATIONS["cross_entropy"]}
+    for parts, chosen in ((1, "of_today"), (2, "cut_too")):
+        record = choose(operations, offered, workload(vocab_parts=parts), config()).record()["cross_entropy"]
+        assert record["chosen"] == chosen
+    assert candidates(record)["of_today"] == (
+        False,
+        False,
+        "it does not take a vocabulary that is cut over ranks",
+    )
+    only = choose(operations, offered[:1], workload(vocab_parts=2), config())
+    assert only.cross_entropy is OPERATIONS["cross_entropy"].reference
 
 
 def test_disabled_implementations_are_passed_over():

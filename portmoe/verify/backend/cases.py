@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from portmoe.ops.cross_entropy import IGNORED
+from portmoe.ops.cross_entropy import IGNORED, Statistics
 from portmoe.ops.operation import Operation, Sample, Tolerance
 from portmoe.ops.workload import Workload
 from portmoe.verify.backend.calls import Results, call, copied
@@ -67,6 +67,10 @@ SHAPES: dict[str, Workload] = {
     ),
 }
 
+# Tried where the operation's contract has an optional part that they make use of.
+SHAPES |= {"a cut vocabulary": replace(_BASE, vocab=29, vocab_parts=3)}
+OPTIONAL = {"a cut vocabulary"}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -104,6 +108,8 @@ def cases(
     """
     for label in labels:
         workload = replace(SHAPES[label], dtype=dtype)
+        if label in OPTIONAL and not operation.needs(workload):
+            continue
         first, second = (_draw(operation, workload, seed * 2 + number) for number in range(2))
         for sample, again in zip(first, second, strict=True):
             if not _uses(operation, sample, dtype):
@@ -146,6 +152,9 @@ def open_questions(operation: Operation, sample: Sample, name: str) -> torch.Ten
         return None
     x_TH, weight_VH, labels_T, _ = sample.args
     logits_TV = x_TH.detach().double() @ weight_VH.detach().double().t()
+    if cut := sample.kwargs.get("cut"):
+        others = cut.combine(Statistics.of_no_class(labels_T, torch.float64))
+        logits_TV = torch.cat((logits_TV, others.largest_T[:, None]), dim=1)
     first_T, second_T = logits_TV.topk(2, dim=1).values.unbind(1)
     error_T = 4 * torch.finfo(x_TH.dtype).eps * logits_TV.abs().amax(dim=1) * math.sqrt(x_TH.shape[1])
     return (first_T - second_T < error_T) & (labels_T != IGNORED)

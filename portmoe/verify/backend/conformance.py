@@ -83,7 +83,7 @@ def _check(
     tallies = {name: Tally() for name in NAMES}
     refused: dict[str, str] = {}
     for case in of_dtype:
-        reason = candidate.supports(replace(case.workload, device=device))
+        reason = operation.why_not(candidate, replace(case.workload, device=device))
         if reason is not None:
             refused[case.label.partition(":")[0]] = reason
             continue

@@ -1,8 +1,10 @@
 """Wrong implementations of the experts, the loss and the optimizer: one known defect each."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
-from planting import Scaled, fault
+from planting import Backward, Scaled, fault
 
 from portmoe import ops
 
@@ -101,6 +103,27 @@ fault("cross_entropy", "the head gets no gradient")(
 )
 fault("cross_entropy", "only 512 classes are seen", shapes="larger")(
     lambda x, w, labels, a: ops.cross_entropy(x, w[:512], torch.where(labels < 512, labels, 0), a)
+)
+
+CUT = "a cut vocabulary"
+fault("cross_entropy", "a cut vocabulary is taken for its first run of classes", shapes=CUT)(
+    lambda x, w, labels, a, cut: ops.cross_entropy(x, w, labels, a, replace(cut, first=0))
+)
+fault("cross_entropy", "smoothing is spread over this rank's classes", shapes=CUT)(
+    lambda x, w, labels, a, cut: ops.cross_entropy(x, w, labels, a, replace(cut, classes=len(w)))
+)
+fault("cross_entropy", "the statistics of the other ranks are not asked for", shapes=CUT)(
+    lambda x, w, labels, a, cut: ops.cross_entropy(x, w, labels, a, replace(cut, combine=lambda mine: mine))
+)
+fault("cross_entropy", "the softmax of the gradient is over this rank's classes", shapes=CUT)(
+    lambda x, w, labels, a, cut: (
+        Backward.apply(
+            lambda *args: ops.cross_entropy(*args, cut)[0],
+            lambda *args: ops.cross_entropy(*args, replace(cut, combine=lambda mine: mine))[0],
+            *(x, w, labels, a),
+        ),
+        ops.cross_entropy(x, w, labels, a, cut)[1],
+    )
 )
 
 # --- adamw ----------------------------------------------------------------------------------------

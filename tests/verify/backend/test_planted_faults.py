@@ -13,16 +13,21 @@ from planting import FAULTS
 from portmoe.accelerator import get_accelerator
 from portmoe.ops import OPERATIONS
 from portmoe.ops.operation import Implementation
+from portmoe.verify.backend.cases import SHAPES
 from portmoe.verify.backend.conformance import check_operation
 
 CPU = torch.device("cpu")
+
+
+def implementation(f):
+    return Implementation(f.op, f.name, f.function, handles=tuple(OPERATIONS[f.op].needs(SHAPES[f.shapes])))
 
 
 @cache
 def found(op, dtype, shapes):
     """Fault → what conformance says of it, for all of an operation's faults that show with these."""
     planted = [f for f in FAULTS if (f.op, f.dtype, f.shapes) == (op, dtype, shapes)]
-    offered = [Implementation(op, f.name, f.function) for f in planted]
+    offered = [implementation(f) for f in planted]
     failed = defaultdict(list)
     for check in check_operation(OPERATIONS[op], offered, CPU, 0, [dtype], [shapes]):
         if check.status == "fail":
@@ -75,7 +80,7 @@ def test_no_healthy_implementation_is_reported_in_twenty_runs(op, seed):
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_every_wrong_implementation_is_caught_with_all_shapes_and_dtypes(op):
     planted = [f for f in FAULTS if f.op == op]
-    offered = [Implementation(op, f.name, f.function) for f in planted]
+    offered = [implementation(f) for f in planted]
     checks = check_operation(OPERATIONS[op], offered, CPU, seed=1)
     failed = {check.subject for check in checks if check.status == "fail"}
     assert failed == {f"{op}.{f.name}" for f in planted}
