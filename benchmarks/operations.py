@@ -33,6 +33,8 @@ def product_flops(operation: str, sample: Sample, workload: Workload) -> int:
     if operation in ("expert_ffn", "expert_ffn_ragged"):
         rows = sample.args[0].numel() // workload.hidden
         forward = 6 * rows * workload.hidden * workload.ffn_width
+    if operation == "linear":
+        forward = 2 * workload.tokens * workload.hidden * workload.ffn_width
     if operation == "router":
         forward = 2 * workload.tokens * workload.hidden * workload.experts
     if operation == "cross_entropy":

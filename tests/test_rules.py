@@ -85,6 +85,9 @@ def module_of(path):
     return ".".join(parts).removesuffix(".__init__")
 
 
+KERNELS = {module_of(path) for path in BACKENDS if "@triton.jit" in path.read_text()}
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -143,10 +146,10 @@ def test_no_vendor_is_named_outside_the_backends(path):
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_vendor_modules_are_imported_only_in_functions_of_the_backends(path):
     modules = at_import(tree_of(path)) if path in BACKENDS else anywhere(tree_of(path))
-    assert not {module for module in modules if module.rpartition(".")[2].startswith("triton_")}
+    assert not KERNELS & set(modules)
     # Kernels are compiled from a module's own functions: a file of them imports the compiler, and is
     # itself imported in functions only.
-    own = {"triton"} if path.name.startswith("triton_") else set()
+    own = {"triton"} if module_of(path) in KERNELS else set()
     assert not {module.split(".")[0] for module in modules} & (VENDOR_MODULES - own)
 
 
@@ -235,6 +238,41 @@ def test_rooms_import_only_rooms_below_them(path):
 @pytest.mark.parametrize("path", NEUTRAL, ids=name_of)
 def test_no_backend_is_imported_by_name(path):
     assert not [module for module in anywhere(tree_of(path)) if module.startswith("portmoe.backends")]
+
+
+HOST_IS_KNOWN_IN = "portmoe/accelerator/interface.py"
+
+
+def asks_for_the_host(node):
+    """Whether this compares with the host's type, as ``device.type == "cpu"`` does, or is ``t.is_cpu``."""
+    if isinstance(node, ast.Attribute):
+        return node.attr == "is_cpu"
+    if not isinstance(node, ast.Compare):
+        return False
+    return any(isinstance(n, ast.Constant) and n.value == "cpu" for n in ast.walk(node)) and not any(
+        isinstance(n, ast.Call) for n in ast.walk(node)
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "asks"),
+    [
+        ('device.type == "cpu"', True),
+        ('"cpu" != self.device.type', True),
+        ('device.type in ("cpu", "meta")', True),
+        ("tensor.is_cpu", True),
+        ("part.on_host", False),
+        ('generator.device != torch.device("cpu")', False),  # a contract's, not what a device can do
+    ],
+)
+def test_the_rule_sees_what_asks_for_the_host(code, asks):
+    assert any(map(asks_for_the_host, ast.walk(ast.parse(code)))) == asks
+
+
+@pytest.mark.parametrize("path", NEUTRAL, ids=name_of)
+def test_neutral_code_asks_the_device_what_it_can_do_and_not_which_it_is(path):
+    if name_of(path) != HOST_IS_KNOWN_IN:
+        assert not [ast.unparse(n) for n in ast.walk(tree_of(path)) if asks_for_the_host(n)]
 
 
 def test_no_module_imports_itself_in_a_circle():

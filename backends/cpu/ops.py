@@ -4,27 +4,33 @@ from collections.abc import Sequence
 
 from portmoe.accelerator import Operations
 from portmoe.backends.cpu import (
-    compiled_cross_entropy,
-    compiled_dispatch,
-    compiled_expert_ffn,
-    compiled_router,
-    compiled_rows,
+    bag_dispatch,
+    buffered_expert_ffn,
+    cross_entropy,
+    dispatch,
+    expert_ffn,
+    linear,
+    router,
+    rows,
 )
-from portmoe.ops import bag_dispatch, buffered_expert_ffn, torch_native
+from portmoe.backends.torch import ops as torch_ops
 from portmoe.ops.operation import Implementation
+
+OWN = (
+    *dispatch.ALL,
+    *bag_dispatch.ALL,
+    *rows.ALL,
+    *router.ALL,
+    *linear.ALL,
+    *expert_ffn.ALL,
+    *buffered_expert_ffn.ALL,
+    *cross_entropy.ALL,
+)
+NOT_FOR_HOSTS = (torch_ops.CROSS_ENTROPY_CHUNKED,)  # its slices are an accelerator's
 
 
 class CpuOperations(Operations):
     """What is written for CPUs, then torch's own fast paths."""
 
     def implementations(self) -> Sequence[Implementation]:
-        return [
-            *compiled_dispatch.ALL,
-            *bag_dispatch.ALL,
-            *compiled_rows.ALL,
-            *compiled_router.ALL,
-            *compiled_expert_ffn.ALL,
-            *buffered_expert_ffn.ALL,
-            *compiled_cross_entropy.ALL,
-            *torch_native.ALL,
-        ]
+        return [*OWN, *(i for i in torch_ops.ALL if i not in NOT_FOR_HOSTS)]

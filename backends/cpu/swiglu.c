@@ -4,7 +4,7 @@
 // gradients transposed: a product whose first factor is transposed takes 16-bit matrix units nearly twice as
 // long, and whoever has the numbers in registers transposes them for little.
 //
-// Compiled on first use by native.py, for the processor it runs on. No -ffast-math: NaN and inf pass through.
+// Compiled on first use by compiler.py, for the processor it runs on. No -ffast-math: NaN and inf pass through.
 
 #include "numbers.h"
 #include "transpose.h"

@@ -8,9 +8,9 @@ import torch
 from portmoe.accelerator import Operations
 from portmoe.backends.cuda import tutel
 from portmoe.backends.cuda.varlen import ATTENTION_VARLEN
-from portmoe.backends.kernels import liger
-from portmoe.backends.kernels.ops import TRITON
-from portmoe.ops import torch_native
+from portmoe.backends.torch import ops as torch_ops
+from portmoe.backends.triton import liger
+from portmoe.backends.triton.ops import TRITON
 from portmoe.ops.operation import Implementation
 from portmoe.ops.workload import Workload
 
@@ -22,15 +22,15 @@ class CudaOperations(Operations):
     """
 
     def implementations(self) -> Sequence[Implementation]:
-        native = (GROUPED_MM if i is torch_native.EXPERT_FFN_GROUPED_MM else i for i in torch_native.ALL)
+        torchs = (GROUPED_MM if i is torch_ops.EXPERT_FFN_GROUPED_MM else i for i in torch_ops.ALL)
         optional = (tutel.DISPATCH, tutel.COMBINE, liger.RMS_NORM, liger.CROSS_ENTROPY)
-        return [tutel.GATING, *TRITON, ATTENTION_VARLEN, *native, *optional]
+        return [tutel.GATING, *TRITON, ATTENTION_VARLEN, *torchs, *optional]
 
 
 def _grouped_mm_supports(workload: Workload) -> str | None:
     if workload.dtype != torch.bfloat16:
         return f"grouped_mm's kernel for this device takes bfloat16 only, not {workload.dtype}"
-    return torch_native.EXPERT_FFN_GROUPED_MM.supports(workload)
+    return torch_ops.EXPERT_FFN_GROUPED_MM.supports(workload)
 
 
-GROUPED_MM = replace(torch_native.EXPERT_FFN_GROUPED_MM, supports=_grouped_mm_supports)
+GROUPED_MM = replace(torch_ops.EXPERT_FFN_GROUPED_MM, supports=_grouped_mm_supports)

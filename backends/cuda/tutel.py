@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from portmoe.accelerator.probing import describe
-from portmoe.ops.gather_dispatch import gather_combine, gather_dispatch
+from portmoe.backends.torch import dispatch as gather
 from portmoe.ops.operation import Implementation
 from portmoe.ops.routing import Routing, running_count
 from portmoe.ops.topk_gating import topk_gating_by
@@ -40,7 +40,7 @@ def _running_count(expert_A: torch.Tensor, experts: int) -> tuple[torch.Tensor, 
 def dispatch(x_SH: torch.Tensor, row_KS: torch.Tensor, rows: int) -> torch.Tensor:
     """Every row is a place of one expert; float32, so that copies are exact and gradients rounded once."""
     if not (x_SH.numel() and rows):
-        return gather_dispatch(x_SH, row_KS, rows)
+        return gather.dispatch(x_SH, row_KS, rows)
     ones_KS = torch.ones(row_KS.shape, device=row_KS.device, dtype=torch.float32)
     buffer_RH = _dispatcher(row_KS, ones_KS, rows, x_SH.shape[1]).encode(_wide(x_SH))
     return buffer_RH.view(rows, x_SH.shape[1]).to(x_SH.dtype)
@@ -49,7 +49,7 @@ def dispatch(x_SH: torch.Tensor, row_KS: torch.Tensor, rows: int) -> torch.Tenso
 def combine(y_RH: torch.Tensor, row_KS: torch.Tensor, weight_KS: torch.Tensor) -> torch.Tensor:
     """In float32, so that the sum is rounded once."""
     if not (y_RH.numel() and row_KS.numel()):
-        return gather_combine(y_RH, row_KS, weight_KS)
+        return gather.combine(y_RH, row_KS, weight_KS)
     dispatcher = _dispatcher(row_KS, weight_KS.contiguous(), *y_RH.shape)
     return dispatcher.decode(_wide(y_RH)).view(-1, y_RH.shape[1]).to(y_RH.dtype)
 

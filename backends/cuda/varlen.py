@@ -6,7 +6,7 @@ from inspect import signature
 import torch
 
 from portmoe.accelerator.probing import describe
-from portmoe.ops import torch_native
+from portmoe.backends.torch import ops as torch_ops
 from portmoe.ops.attention import Segments, check_covers
 from portmoe.ops.operation import Implementation
 from portmoe.ops.workload import Workload
@@ -22,7 +22,7 @@ def attention(
     """One call for all segments; where they are of one length, or there are none, as SDPA takes them."""
     check_covers(segments, q_TND)
     if segments.equal_length is not None or not segments.lengths:
-        return torch_native.ATTENTION_SDPA.function(q_TND, k_TND, v_TND, segments, scale)
+        return torch_ops.ATTENTION_SDPA.function(q_TND, k_TND, v_TND, segments, scale)
     from torch.nn.attention.varlen import varlen_attn
 
     offsets, longest = _offsets(segments, q_TND.device), max(segments.lengths)

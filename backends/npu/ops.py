@@ -9,12 +9,12 @@ from portmoe.accelerator import Operations
 from portmoe.backends.npu import attention, fused, grouped_matmul, limits, permutation
 from portmoe.backends.npu.product import excluded
 from portmoe.backends.npu.signatures import missing
-from portmoe.ops import torch_native
+from portmoe.backends.torch import ops as torch_ops
 from portmoe.ops.operation import Implementation
 from portmoe.ops.workload import Workload
 
 # torch_npu has no plain grouped_mm.
-LACKING = (torch_native.EXPERT_FFN_GROUPED_MM,)
+LACKING = (torch_ops.EXPERT_FFN_GROUPED_MM,)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FLASH, REARRANGE, GATING = (
@@ -28,7 +28,7 @@ class NpuOperations(Operations):
     """The plug-in's fused functions, then torch's own fast paths."""
 
     def implementations(self) -> Sequence[Implementation]:
-        return [*FUSED, *UNUSED, *(i for i in torch_native.ALL if i not in LACKING)]
+        return [*FUSED, *UNUSED, *(i for i in torch_ops.ALL if i not in LACKING)]
 
 
 def _fused(

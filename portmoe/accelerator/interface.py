@@ -38,12 +38,22 @@ def set_unset(variables: Mapping[str, str]) -> None:
         os.environ.setdefault(key, value)
 
 
+def is_host(device_type: str) -> bool:
+    """Whether tensors of this type are the host's own. What follows from it, a ``Device`` says."""
+    return device_type == "cpu"
+
+
 class Device:
     """The device part: finding it, opening it, making it reproducible."""
 
     type: str  # torch's device type, as in torch.device(type, index)
     shared: bool = False  # several ranks may open the same device
     advice: str = "install the driver and a torch that supports the device"  # where torch sees none
+
+    @property
+    def on_host(self) -> bool:
+        """The host itself computes: an operation has ended when its call returns, by the host's clock."""
+        return is_host(self.type)
 
     def probe(self) -> Probe:
         """Look for the device and its software. Never raises: every exception becomes a ``Problem``.
@@ -191,14 +201,15 @@ class Collectives:
         """
         set_unset(self.environment(timeout))
         gloo.use_one_worker()
-        backend = self.backend if device.type == "cpu" else f"cpu:gloo,{device.type}:{self.backend}"
+        on_host = is_host(device.type)
+        backend = self.backend if on_host else f"cpu:gloo,{device.type}:{self.backend}"
         dist.init_process_group(
             backend,
             store=store,
             rank=rank,
             world_size=world_size,
             timeout=timeout,
-            device_id=device if self.binds_device and device.type != "cpu" else None,
+            device_id=device if self.binds_device and not on_host else None,
         )
 
     def host_group(self) -> dist.ProcessGroup:

@@ -18,8 +18,8 @@ class Attention(nn.Module):
     def __init__(self, config: Config, ops: OpTable) -> None:
         super().__init__()
         model = config.model
-        self.qkv = Linear(model.hidden_size, 3 * model.hidden_size)
-        self.out = Linear(model.hidden_size, model.hidden_size)
+        self.qkv = Linear(model.hidden_size, 3 * model.hidden_size, ops)
+        self.out = Linear(model.hidden_size, model.hidden_size, ops)
         self.head_dim = model.head_dim
         self.scale = model.head_dim**-0.5
         self.interleaved = model.qk_interleaved

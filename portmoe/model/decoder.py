@@ -126,7 +126,7 @@ class Decoder(nn.Module):
             self.embedding = nn.Embedding(model.vocab_size, model.hidden_size) if embed else None
             self.layers = nn.ModuleDict({str(layer): Block(config, layer, ops) for layer in layers})
             self.norm = RMSNorm(config, ops) if head else None
-            self.head = Linear(model.hidden_size, model.vocab_size, bias=False) if head else None
+            self.head = Linear(model.hidden_size, model.vocab_size, ops, bias=False) if head else None
         self.config = config
         self.ops = ops
         if device.type != "meta":

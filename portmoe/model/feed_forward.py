@@ -14,9 +14,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: Config, ops: OpTable) -> None:
         super().__init__()
         hidden, width = config.model.hidden_size, config.model.ffn_width
-        self.w1 = Linear(hidden, width, bias=False)
-        self.w3 = Linear(hidden, width, bias=False)
-        self.w2 = Linear(width, hidden, bias=False)
+        self.w1 = Linear(hidden, width, ops, bias=False)
+        self.w3 = Linear(hidden, width, ops, bias=False)
+        self.w2 = Linear(width, hidden, ops, bias=False)
         self.ops = ops
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:

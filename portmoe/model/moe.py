@@ -34,7 +34,7 @@ class MoELayer(nn.Module):
         self.experts = Experts(config, ops)
         if config.model.moe_use_residual:
             self.residual = FeedForward(config, ops)
-            self.coefficient = Linear(config.model.hidden_size, 2)
+            self.coefficient = Linear(config.model.hidden_size, 2, ops)
         self.layer = layer
         self.config = config
         self.ops = ops

@@ -9,6 +9,7 @@ from portmoe.ops.attention import ATTENTION, Segments, attention
 from portmoe.ops.cross_entropy import CROSS_ENTROPY, cross_entropy
 from portmoe.ops.dispatch import COMBINE, DISPATCH, combine, dispatch
 from portmoe.ops.expert_ffn import EXPERT_FFN, EXPERT_FFN_RAGGED, expert_ffn, expert_ffn_ragged
+from portmoe.ops.linear import LINEAR, linear
 from portmoe.ops.megablock_gating import MEGABLOCK_GATING, megablock_gating
 from portmoe.ops.operation import Implementation, Operation
 from portmoe.ops.rms_norm import RMS_NORM, rms_norm
@@ -24,6 +25,7 @@ OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
         RMS_NORM,
+        LINEAR,
         ROTARY,
         SWIGLU,
         ATTENTION,
@@ -55,6 +57,7 @@ __all__ = [
     "dispatch",
     "expert_ffn",
     "expert_ffn_ragged",
+    "linear",
     "megablock_gating",
     "rms_norm",
     "rotary",

@@ -37,22 +37,31 @@ class Timings:
         device: the device's model name, as its backend gives it.
         known: case → implementation → seconds.
         path: the file they are kept in; None: nowhere.
+        synchronize: waits for all work submitted to the device (``Device.synchronize``); by default there is
+            nothing to wait for, as where the host computes.
     """
 
     def __init__(
-        self, device: str, known: Mapping[str, Mapping[str, float]] | None = None, path: Path | None = None
+        self,
+        device: str,
+        known: Mapping[str, Mapping[str, float]] | None = None,
+        path: Path | None = None,
+        synchronize: Callable[[], None] = lambda: None,
     ) -> None:
         self.known = {case: dict(by_name) for case, by_name in (known or {}).items()}
         self._device = device
         self._path = path
+        self._synchronize = synchronize
         self._changed = False
 
     @classmethod
-    def load(cls, device: str, path: Path | None, log: Log) -> "Timings":
+    def load(
+        cls, device: str, path: Path | None, log: Log, synchronize: Callable[[], None] = lambda: None
+    ) -> "Timings":
         """Those in ``path``. A file that cannot be read as timings is told to ``log`` and passed over."""
         if path is None:
             log("timings are measured anew in every run: there is no home directory to keep them in")
-            return cls(device)
+            return cls(device, synchronize=synchronize)
         try:
             known = _checked(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
@@ -60,13 +69,15 @@ class Timings:
         except (OSError, ValueError, RecursionError) as error:
             log(f"the timings in {path} cannot be used and are measured again: {error}")
             known = {}
-        return cls(device, known, path)
+        return cls(device, known, path, synchronize)
 
     def seconds(self, operation: Operation, implementation: Implementation, workload: Workload) -> float:
         """Of one forward and backward; measured where it is not known. Raises what the call raises."""
         case = self.known.setdefault(self._case(operation.name, workload), {})
         if implementation.name not in case:
-            case[implementation.name] = seconds_per_call(operation, implementation.function, workload)
+            case[implementation.name] = seconds_per_call(
+                operation, implementation.function, workload, self._synchronize
+            )
             self._changed = True
         return case[implementation.name]
 

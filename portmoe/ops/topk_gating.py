@@ -154,7 +154,7 @@ def _random_selection(
 
 
 def _cpu(generator: torch.Generator | None) -> torch.Generator:
-    if generator is None or generator.device.type != "cpu":
+    if generator is None or generator.device != torch.device("cpu"):
         raise ValueError(f"generator={generator}: this gating draws noise and needs a CPU torch.Generator")
     return generator
 

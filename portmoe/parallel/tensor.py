@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
@@ -131,7 +130,8 @@ def _moe_in_region(
 
 def _linear_part(linear: Linear, parts: int, x: torch.Tensor) -> torch.Tensor:
     """A part of the linear map's result; the bias is not cut, and each rank adds its share of it."""
-    return F.linear(x, computed(linear.weight, x.dtype)) + computed(linear.bias, x.dtype) / parts
+    product = linear.ops.linear(x, computed(linear.weight, x.dtype), None)
+    return product + computed(linear.bias, x.dtype) / parts
 
 
 def summed_parameters(model: nn.Module, region: Region) -> Iterator[nn.Parameter]:

@@ -1,19 +1,21 @@
 """``portmoe train --profile``: a trace of a few steps, and where their time and memory go."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import nn
 from torch.profiler import profile, supported_activities
 
+from portmoe.accelerator import Device
 from portmoe.costs.step_cost import Cost, step_cost
 from portmoe.errors import TrainingError
 from portmoe.model.decoder import Block
 from portmoe.ops import Workload
 from portmoe.profiling.attribution import OTHER, Usage, attribute
-from portmoe.profiling.ceiling import copy_bytes_per_second, matmul_flops
+from portmoe.profiling.ceiling import Ceiling
 from portmoe.profiling.spans import WAITING
 
 FOLDER = "profile"
@@ -34,12 +36,16 @@ class StepProfile:
         path: of the trace file; its folder is made.
         steps: that will be run.
         least: part → what it cannot do without, per step.
+        device: the backend's device part.
+        linear: what computes the model's products.
     """
 
     path: Path
     steps: int
     workload: Workload
     least: Mapping[str, Cost]
+    device: Device
+    linear: Callable[..., torch.Tensor]
     _seen: int = 0
     _began: float = 0.0
     _profile: profile | None = field(default=None, repr=False)
@@ -61,9 +67,9 @@ class StepProfile:
         finished, self._profile = self._profile, None
         finished.__exit__(None, None, None)
         self._write(finished)
-        device = self.workload.device
-        usages = attribute(finished.events(), on_host=device.type == "cpu")
-        peaks = matmul_flops(device, self.workload.dtype), copy_bytes_per_second(device)
+        usages = attribute(finished.events(), on_host=self.device.on_host)
+        ceiling = Ceiling(self.device, self.workload.device, self.linear)
+        peaks = ceiling.matmul_flops(self.workload.dtype), ceiling.copy_bytes_per_second()
         return table(usages, seconds, profiled, self.least, peaks) + f"\ntrace: {self.path}"
 
     def _write(self, finished: profile) -> None:

@@ -8,12 +8,13 @@ import torch
 class Stopwatch:
     """Adds up spans of work submitted between ``start`` and ``stop``.
 
-    On an accelerator the spans are marked by events in the device's own queue; ``seconds`` waits for the
-    last of them. On the CPU work is done when the call returns, and the host clock tells.
+    Where torch has events for the device, they mark the spans in the device's own queue, and ``seconds``
+    waits for the last of them. Where it has none, work is done when the call returns, by the host's clock.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._on_host = device.type == "cpu"
+        self._device = device
+        self._on_host = not _has_events(device)
         self._spans: list[tuple] = []
         self._began: torch.Event | float | None = None
 
@@ -35,6 +36,14 @@ class Stopwatch:
     def _mark(self) -> "torch.Event | float":
         if self._on_host:
             return time.perf_counter()
-        event = torch.Event(enable_timing=True)
+        event = torch.Event(device=self._device, enable_timing=True)
         event.record()
         return event
+
+
+def _has_events(device: torch.device) -> bool:
+    try:
+        torch.Event(device=device, enable_timing=True).record()
+    except RuntimeError:
+        return False
+    return True

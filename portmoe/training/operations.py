@@ -34,10 +34,10 @@ def choose_operations(
 
     if config.ops.select != "measure":
         return chosen()
-    name = accelerator.device.name()
+    name, synchronize = accelerator.device.name(), accelerator.device.synchronize
     if rank:
-        return chosen(Timings(name, broadcast(None)))
-    timings = Timings.load(name, cache_file(), log)
+        return chosen(Timings(name, broadcast(None), synchronize=synchronize))
+    timings = Timings.load(name, cache_file(), log, synchronize)
     try:
         return chosen(timings)
     finally:  # the others wait for this, also where the choice failed

@@ -80,7 +80,8 @@ def _profile(session: Session) -> StepProfile | None:
     path = session.run.path / FOLDER / f"trace-rank{session.machine.ranks.rank:05d}.json.gz"
     updated = sum(moment.numel() for moment in engine.optimizer.exp_avg.values())
     least = least_work(engine.model, updated, workload, layout.micro_num)
-    return StepProfile(path, steps, workload, least)
+    device, linear = session.machine.accelerator.device, session.ops.linear
+    return StepProfile(path, steps, workload, least, device, linear)
 
 
 def _facts(session: Session, ranks: str) -> RunFacts:

@@ -7,9 +7,12 @@ import pytest
 import torch
 from agreement import workload
 
-from portmoe.backends.cpu import compiled_expert_ffn, compiled_router, compiled_rows, native
+from portmoe.backends.cpu import compiler
+from portmoe.backends.cpu import expert_ffn as compiled_expert_ffn
+from portmoe.backends.cpu import router as compiled_router
+from portmoe.backends.cpu import rows as compiled_rows
 
-needs_compiler = pytest.mark.skipif(isinstance(native.kernels(), str), reason=str(native.kernels()))
+needs_compiler = pytest.mark.skipif(isinstance(compiler.kernels(), str), reason=str(compiler.kernels()))
 
 
 @pytest.fixture
@@ -24,9 +27,9 @@ def two_threads():
 def fresh_kernels(monkeypatch, tmp_path):
     """``native`` as a new process finds it, with a cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.kernels.cache_clear()
+    compiler.kernels.cache_clear()
     yield tmp_path
-    native.kernels.cache_clear()
+    compiler.kernels.cache_clear()
 
 
 def drawn(rows, width, dtype, seed):
@@ -84,11 +87,11 @@ def test_nan_and_inf_are_not_swallowed(dtype):
 
 @needs_compiler
 def test_the_library_is_compiled_once(fresh_kernels):
-    assert not isinstance(native.kernels(), str)
+    assert not isinstance(compiler.kernels(), str)
     (library,) = (fresh_kernels / "portmoe").iterdir()
     made = library.stat().st_mtime_ns
-    native.kernels.cache_clear()
-    assert not isinstance(native.kernels(), str)
+    compiler.kernels.cache_clear()
+    assert not isinstance(compiler.kernels(), str)
     assert [file.stat().st_mtime_ns for file in (fresh_kernels / "portmoe").iterdir()] == [made]
 
 
@@ -104,9 +107,9 @@ def _homeless(monkeypatch):
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
-    native.kernels.cache_clear()
+    compiler.kernels.cache_clear()
     yield
-    native.kernels.cache_clear()
+    compiler.kernels.cache_clear()
 
 
 @needs_compiler
@@ -125,7 +128,7 @@ def test_whatever_a_cache_raises_is_a_reason(monkeypatch, trouble):
     def raises(*_):
         raise trouble("trouble")
 
-    monkeypatch.setattr(native, "_compile", raises)
+    monkeypatch.setattr(compiler, "_compile", raises)
     assert all("trouble" in i.supports(workload()) for i in compiled_expert_ffn.ALL)
 
 
@@ -133,19 +136,19 @@ def test_whatever_a_cache_raises_is_a_reason(monkeypatch, trouble):
 @pytest.mark.parametrize("content", [b"", b"no library", None])
 def test_a_broken_library_is_made_anew(fresh_kernels, content):
     """None: another library, without these functions."""
-    assert not isinstance(native.kernels(), str)
+    assert not isinstance(compiler.kernels(), str)
     (library,) = (fresh_kernels / "portmoe").iterdir()
     library.unlink()  # the file may be mapped into this process
     library.write_bytes(Path(_ctypes.__file__).read_bytes() if content is None else content)
-    native.kernels.cache_clear()
-    assert not isinstance(native.kernels(), str)
+    compiler.kernels.cache_clear()
+    assert not isinstance(compiler.kernels(), str)
 
 
 @needs_compiler
 @pytest.mark.usefixtures("fresh_kernels")
 def test_what_does_not_compile_is_told_with_the_compilers_words(monkeypatch, tmp_path):
     (tmp_path / "broken.c").write_text("#error no such luck")
-    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    monkeypatch.setattr(compiler, "FOLDER", tmp_path)
     assert all("no such luck" in i.supports(workload()) for i in compiled_expert_ffn.ALL)
 
 
@@ -210,7 +213,7 @@ def test_a_tensor_without_memory_of_its_own_is_refused():
         __torch_dispatch__ = None
 
     with pytest.raises(TypeError, match="memory of their own, not a Wrapper"):
-        native.addresses(torch.ones(2), Wrapper(torch.ones(3)))
+        compiler.addresses(torch.ones(2), Wrapper(torch.ones(3)))
 
 
 @needs_compiler

@@ -17,7 +17,7 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from agreement import samples, workload
 
-from portmoe.backends.kernels.ops import TRITON
+from portmoe.backends.triton.ops import TRITON
 from portmoe.ops import OPERATIONS
 
 LAUNCHES = {}  # keyed by kernel and types, so that each is compiled once

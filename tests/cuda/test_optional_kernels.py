@@ -12,7 +12,7 @@ from torch.nn.attention import varlen as torch_varlen
 from portmoe import load_config
 from portmoe.backends.cuda import tutel, varlen
 from portmoe.backends.cuda.ops import CudaOperations
-from portmoe.backends.kernels import liger
+from portmoe.backends.triton import liger
 from portmoe.backends.xpu.ops import XpuOperations
 from portmoe.ops import OPERATIONS, Segments, choose
 from portmoe.ops import attention as plain_attention

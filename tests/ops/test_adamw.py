@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 
-from portmoe.ops import adamw, torch_native
+from portmoe.backends.torch import ops as torch_ops
+from portmoe.ops import adamw
 
 FUNCTIONS = {
     "reference": adamw,
-    "fused": torch_native.ADAMW_FUSED.function,
-    "foreach": torch_native.ADAMW_FOREACH.function,
+    "fused": torch_ops.ADAMW_FUSED.function,
+    "foreach": torch_ops.ADAMW_FOREACH.function,
 }
 SETTINGS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 SHAPES = [(5, 3), (7,), (), (0, 4)]

@@ -6,9 +6,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from portmoe.ops import Segments, attention, torch_native
+from portmoe.backends.torch import ops as torch_ops
+from portmoe.ops import Segments, attention
 
-FUNCTIONS = {"reference": attention, "sdpa": torch_native.ATTENTION_SDPA.function}
+FUNCTIONS = {"reference": attention, "sdpa": torch_ops.ATTENTION_SDPA.function}
 OFFSETS = [(0, 1), (0, 12), (0, 4, 8, 12), (0, 1, 2, 3), (0, 1, 4, 11, 12), (0, 5, 10, 13), (0, 2, 9, 11, 18)]
 
 

@@ -6,13 +6,14 @@ from functools import partial
 import pytest
 import torch
 
-from portmoe.backends.cpu import compiled_cross_entropy, native
-from portmoe.ops import chunked_cross_entropy as chunked
-from portmoe.ops import cross_entropy, torch_native
+from portmoe.backends.cpu import compiler
+from portmoe.backends.cpu import cross_entropy as compiled_cross_entropy
+from portmoe.backends.torch import cross_entropy as chunked
+from portmoe.ops import cross_entropy
 from portmoe.ops.cross_entropy import CutVocabulary, Statistics, merged
 
-FUNCTIONS = {"reference": cross_entropy, "chunked": torch_native.CROSS_ENTROPY_CHUNKED.function}
-if not isinstance(native.kernels(), str):  # there is a compiler
+FUNCTIONS = {"reference": cross_entropy, "chunked": chunked.ChunkedCrossEntropy()}
+if not isinstance(compiler.kernels(), str):  # there is a compiler
     FUNCTIONS["compiled"] = compiled_cross_entropy.ALL[0].function
 
 
@@ -40,7 +41,9 @@ def case(tokens=9, hidden=8, classes=29, dtype=torch.float32):
     ids=lambda p: "slice of {} logits, {} kept".format(*p),
 )
 def slice_elements(request, monkeypatch):
-    monkeypatch.setattr(chunked, "SLICE_ELEMENTS", request.param[0])
+    for function in FUNCTIONS.values():
+        if isinstance(function, chunked.ChunkedCrossEntropy):
+            monkeypatch.setattr(function, "slice_logits", request.param[0])
     monkeypatch.setattr(chunked, "KEPT_LOGITS", request.param[1])
 
 
@@ -158,10 +161,9 @@ def test_no_tokens_and_only_one_gradient_wanted(function):
 def test_chunked_never_computes_more_than_a_slice_and_keeps_the_first_ones(monkeypatch):
     widths = []
     linear = torch.nn.functional.linear
-    monkeypatch.setattr(chunked, "SLICE_ELEMENTS", 9 * 10)
     monkeypatch.setattr(chunked, "KEPT_LOGITS", 9 * 19)
     monkeypatch.setattr(chunked.F, "linear", lambda x, w: widths.append(len(w)) or linear(x, w))
     x_TH, weight_VH, labels_T, grad_T = case()
-    loss_T, _ = chunked.chunked_cross_entropy(x_TH, weight_VH, labels_T, 0.0)
+    loss_T, _ = chunked.ChunkedCrossEntropy(slice_logits=9 * 10)(x_TH, weight_VH, labels_T, 0.0)
     (loss_T * grad_T).sum().backward()
     assert widths == [10, 10, 9, 10, 9]

@@ -5,21 +5,23 @@ import random
 import pytest
 import torch
 
-from portmoe.backends.cpu import compiled_dispatch, native
-from portmoe.ops import bag_dispatch, combine, dispatch, torch_native
+from portmoe.backends.cpu import bag_dispatch, compiler
+from portmoe.backends.cpu import dispatch as compiled_dispatch
+from portmoe.backends.torch import ops as torch_ops
+from portmoe.ops import combine, dispatch
 
 DISPATCHES = {
     "reference": dispatch,
-    "gather": torch_native.DISPATCH_GATHER.function,
+    "gather": torch_ops.DISPATCH_GATHER.function,
     "bag": bag_dispatch.bag_dispatch,
 }
 WIDE = list(DISPATCHES)  # those that compute float64 too
 COMBINES = {
     "reference": combine,
-    "gather": torch_native.COMBINE_GATHER.function,
+    "gather": torch_ops.COMBINE_GATHER.function,
     "bag": bag_dispatch.bag_combine,
 }
-if not isinstance(native.kernels(), str):
+if not isinstance(compiler.kernels(), str):
     DISPATCHES["compiled"] = compiled_dispatch.dispatch
     COMBINES["compiled"] = compiled_dispatch.combine
 

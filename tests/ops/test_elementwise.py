@@ -5,10 +5,11 @@ import cmath
 import pytest
 import torch
 
-from portmoe.ops import rms_norm, rotary, swiglu, torch_native
+from portmoe.backends.torch import ops as torch_ops
+from portmoe.ops import rms_norm, rotary, swiglu
 
-NORMS = {"reference": rms_norm, "torch": torch_native.RMS_NORM.function}
-SWIGLUS = {"reference": swiglu, "silu": torch_native.SWIGLU.function}
+NORMS = {"reference": rms_norm, "torch": torch_ops.RMS_NORM.function}
+SWIGLUS = {"reference": swiglu, "silu": torch_ops.SWIGLU.function}
 DTYPES = [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float64, 1e-12)]
 
 

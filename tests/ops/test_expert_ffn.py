@@ -4,22 +4,24 @@ import pytest
 import torch
 from agreement import workload
 
-from portmoe.backends.cpu import compiled_expert_ffn, native
-from portmoe.ops import buffered_expert_ffn, expert_ffn, expert_ffn_ragged, torch_native
-from portmoe.ops.products import native_products
+from portmoe.backends.cpu import buffered_expert_ffn, compiler
+from portmoe.backends.cpu import expert_ffn as compiled_expert_ffn
+from portmoe.backends.cpu.products import direct_products
+from portmoe.backends.torch import ops as torch_ops
+from portmoe.ops import expert_ffn, expert_ffn_ragged
 
 FOR_CPUS = {(i.op, i.name): i.function for i in buffered_expert_ffn.ALL}
-if not isinstance(native.kernels(), str):
+if not isinstance(compiler.kernels(), str):
     FOR_CPUS |= {(i.op, i.name): i.function for i in compiled_expert_ffn.ALL}
 STATIC = {
     "reference": expert_ffn,
-    "loop": torch_native.EXPERT_FFN_LOOP.function,
+    "loop": torch_ops.EXPERT_FFN_LOOP.function,
     **{name: function for (op, name), function in FOR_CPUS.items() if op == "expert_ffn"},
 }
 RAGGED = {
     "reference": expert_ffn_ragged,
-    "loop": torch_native.EXPERT_FFN_RAGGED_LOOP.function,
-    "grouped_mm": torch_native.EXPERT_FFN_GROUPED_MM.function,
+    "loop": torch_ops.EXPERT_FFN_RAGGED_LOOP.function,
+    "grouped_mm": torch_ops.EXPERT_FFN_GROUPED_MM.function,
     **{name: function for (op, name), function in FOR_CPUS.items() if op == "expert_ffn_ragged"},
 }
 
@@ -121,7 +123,7 @@ def test_in_16_bit_types_every_product_is_over_a_multiple_of_the_granule():
 
     def recording(out_MN, *pairs):
         counts.update(n for a_MK, _ in pairs for n in a_MK.shape)
-        native_products(out_MN, *pairs)
+        direct_products(out_MN, *pairs)
 
     ragged = buffered_expert_ffn.ragged(recording, 32)
     for lengths, dtype in (([1, 33, 0, 64], torch.bfloat16), ([5, 31, 2, 32], torch.float16)):
@@ -137,7 +139,7 @@ def test_in_16_bit_types_every_product_is_over_a_multiple_of_the_granule():
 def test_grouped_mm_says_which_shapes_it_cannot_take():
     def supports(**changes):
         shapes = workload(**({"dtype": torch.bfloat16} | changes))
-        return torch_native.EXPERT_FFN_GROUPED_MM.supports(shapes)
+        return torch_ops.EXPERT_FFN_GROUPED_MM.supports(shapes)
 
     assert supports() is None
     assert "ffn_width is 20" in supports(ffn_width=20)

@@ -10,24 +10,24 @@ import gating_oracle as oracle
 import pytest
 import torch
 
-from portmoe.backends.cpu import compiled_dispatch, compiled_expert_ffn, native
+from portmoe.backends.cpu import bag_dispatch, buffered_expert_ffn, compiler
+from portmoe.backends.cpu import dispatch as compiled_dispatch
+from portmoe.backends.cpu import expert_ffn as compiled_expert_ffn
+from portmoe.backends.torch import ops as torch_ops
 from portmoe.ops import (
-    bag_dispatch,
-    buffered_expert_ffn,
     combine,
     dispatch,
     expert_ffn,
     expert_ffn_ragged,
     megablock_gating,
     topk_gating,
-    torch_native,
 )
 
-NATIVE = {
-    "dispatch": torch_native.DISPATCH_GATHER.function,
-    "combine": torch_native.COMBINE_GATHER.function,
-    "static": torch_native.EXPERT_FFN_LOOP.function,
-    "ragged": torch_native.EXPERT_FFN_RAGGED_LOOP.function,
+TORCHS = {
+    "dispatch": torch_ops.DISPATCH_GATHER.function,
+    "combine": torch_ops.COMBINE_GATHER.function,
+    "static": torch_ops.EXPERT_FFN_LOOP.function,
+    "ragged": torch_ops.EXPERT_FFN_RAGGED_LOOP.function,
 }
 REFERENCE = {"dispatch": dispatch, "combine": combine, "static": expert_ffn, "ragged": expert_ffn_ragged}
 FOR_CPUS = {
@@ -42,7 +42,7 @@ COMPILED = {
     "static": compiled_expert_ffn.ALL[0].function,
     "ragged": compiled_expert_ffn.ALL[1].function,
 }
-GROUPED = NATIVE | {"ragged": torch_native.EXPERT_FFN_GROUPED_MM.function}
+GROUPED = TORCHS | {"ragged": torch_ops.EXPERT_FFN_GROUPED_MM.function}
 
 
 def layer(routing, x_SH, w1_EFH, w3_EFH, w2_EHF, form, functions):
@@ -81,8 +81,8 @@ def dense(route, logits, x, w1, w3, w2, *, normalise, before_drops):
     return out, aux
 
 
-PATHS = {"reference": REFERENCE, "native": NATIVE, "grouped": GROUPED, "for CPUs": FOR_CPUS}
-if not isinstance(native.kernels(), str):
+PATHS = {"reference": REFERENCE, "torch": TORCHS, "grouped": GROUPED, "for CPUs": FOR_CPUS}
+if not isinstance(compiler.kernels(), str):
     PATHS["compiled"] = COMPILED
 
 

@@ -3,14 +3,27 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from agreement import workload
 
-from portmoe.ops import products
+from portmoe.backends.cpu import linear, products
+from portmoe.config import Config
+from portmoe.ops import OPERATIONS, choose
 
 
 @pytest.fixture(params=[True, False], ids=["without units", "with units"])
 def slow(request, monkeypatch):
     monkeypatch.setattr(products, "slow_in", lambda dtype: request.param and dtype.itemsize == 2)
     return request.param
+
+
+def chosen(dtype):
+    """The linear map this processor takes."""
+    return choose({"linear": OPERATIONS["linear"]}, linear.ALL, workload(dtype), Config()).linear
+
+
+def test_float32_is_the_way_where_there_are_no_units(slow):
+    assert (chosen(torch.bfloat16) is linear.linear) == slow
+    assert chosen(torch.float32) is OPERATIONS["linear"].reference
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -24,7 +37,7 @@ def test_linear_and_its_gradients(slow, dtype, shape, biased):
 
     leaves = [draw(*shape), draw(6, 8)] + ([draw(6)] if biased else [])
     grad = torch.randn(*shape[:-1], 6, generator=generator).to(dtype)
-    out = products.linear(*leaves, *([] if biased else [None]))
+    out = chosen(dtype)(*leaves, *([] if biased else [None]))
     doubles = [t.detach().double().requires_grad_() for t in leaves]
     expected = F.linear(*doubles)
     assert out.dtype == dtype
@@ -38,7 +51,7 @@ def test_linear_and_its_gradients(slow, dtype, shape, biased):
 
 def test_only_the_gradients_asked_for(slow):
     x_TI, weight_OI = torch.ones(3, 8, dtype=torch.bfloat16), torch.ones(6, 8, dtype=torch.bfloat16)
-    out_TO = products.linear(x_TI, weight_OI.requires_grad_(), None)
+    out_TO = chosen(torch.bfloat16)(x_TI, weight_OI.requires_grad_(), None)
     out_TO.sum().backward()
     assert weight_OI.grad.eq(3).all()
     assert x_TI.grad is None

@@ -138,5 +138,18 @@ def test_without_a_home_directory_nothing_is_kept(monkeypatch):
 def test_a_slow_call_is_not_repeated_for_long(monkeypatch):
     monkeypatch.setattr(measure, "BUDGET", 0.0)
     function = Counting()
-    assert measure.seconds_per_call(operation(function), function, SHAPES) > 0
+    assert measure.seconds_per_call(operation(function), function, SHAPES, lambda: None) > 0
     assert function.calls == 1
+
+
+def test_the_device_is_waited_for_before_and_after_every_call():
+    order = []
+
+    def function(x):
+        order.append("call")
+        return x + x
+
+    timings = Timings("chip", synchronize=lambda: order.append("wait"))
+    timings.seconds(operation(function), Implementation("swiglu", "a", function), SHAPES)
+    assert order == ["wait", "call", "wait"] * (len(order) // 3)
+    assert len(order) > 3

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from portmoe.accelerator import Operations
-from portmoe.ops import torch_native
+from portmoe.backends.torch import ops as torch_ops
 from portmoe.ops.operation import Implementation
 from portmoe.ops.workload import Workload
 from portmoe_newvendor import fused
@@ -25,4 +25,4 @@ class NewvendorOperations(Operations):
 
     def implementations(self) -> Sequence[Implementation]:
         own = Implementation("rms_norm", "newvendor", fused.rms_norm, _rms_norm_supports)
-        return [own, *torch_native.ALL]
+        return [own, *torch_ops.ALL]

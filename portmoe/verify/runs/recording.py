@@ -1,7 +1,6 @@
 """Recording every operation of a training step: what it was given, what it gave, what came back to it.
 
-Besides the operations of the table these are torch's own products that the model calls between them:
-linear maps and the embedding.
+Besides the operations of the table this is the embedding, which torch looks up.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,11 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from portmoe.model.linear import Linear
-from portmoe.model.precision import computed
 from portmoe.ops import OPERATIONS, OpTable
 from portmoe.ops.operation import Operation, Sample, rounding
-from portmoe.ops.products import linear
 from portmoe.ops.workload import Workload
 from portmoe.verify.backend.calls import named_outputs
 
@@ -31,12 +27,10 @@ def _embedding(tokens_T: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
     return F.embedding(tokens_T, weight_VH)
 
 
-# One product, rounded once; float32 adds up as many terms as the width, the gradients as many as tokens.
-# A row of the embedding's gradient adds those of all its tokens, in any order.
-LINEAR = Operation("linear", linear, _none, rounding(4, sums=16))
+# A row of its gradient adds those of all its tokens, in any order.
 EMBEDDING = Operation("embedding", _embedding, _none, rounding(4, sums=16))
 
-PLAIN = {operation.name: operation for operation in (LINEAR, EMBEDDING)}
+PLAIN = {operation.name: operation for operation in (EMBEDDING,)}
 
 
 @dataclass
@@ -103,18 +97,12 @@ class Recorder:
         self.calls.append(made)
 
 
-def _linear_of(module: Linear, x: torch.Tensor) -> tuple:
-    bias = None if module.bias is None else computed(module.bias, x.dtype)
-    return LINEAR, x, computed(module.weight, x.dtype), bias
-
-
 def _embedding_of(module: nn.Embedding, tokens_T: torch.Tensor) -> tuple:
     return EMBEDDING, tokens_T, module.weight
 
 
 # A module that computes one plain operation: that operation, and its arguments.
 _PLAIN: dict[type, Callable[..., tuple]] = {
-    Linear: _linear_of,
     nn.Embedding: _embedding_of,
 }
 

@@ -6,7 +6,7 @@ import torch
 
 pytest.importorskip("liger_kernel")
 
-from portmoe.backends.kernels import liger
+from portmoe.backends.triton import liger
 from portmoe.ops import OPERATIONS
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

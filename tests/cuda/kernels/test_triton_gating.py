@@ -5,7 +5,7 @@ import torch
 from agreement import workload
 from gating_oracle import gshard
 
-from portmoe.backends.kernels.ops import TRITON
+from portmoe.backends.triton.ops import TRITON
 from portmoe.ops import topk_gating as plain
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

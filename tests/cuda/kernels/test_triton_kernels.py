@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from portmoe.backends.cuda.ops import CudaOperations
-from portmoe.backends.kernels.ops import TRITON
+from portmoe.backends.triton.ops import TRITON
 from portmoe.ops import OPERATIONS
 from portmoe.ops import combine as plain_combine
 

@@ -9,6 +9,22 @@ from planting import Backward, Scaled, fault
 from portmoe import ops
 from portmoe.ops.attention import Segments
 
+# --- linear ---------------------------------------------------------------------------------------
+
+fault("linear", "the bias is left out")(lambda x, w, bias: ops.linear(x, w, None))
+fault("linear", "the bias gets no gradient")(
+    lambda x, w, bias: ops.linear(x, w, None if bias is None else bias.detach())
+)
+fault("linear", "the weight's gradient misses the last row")(
+    lambda x, w, bias: torch.cat((ops.linear(x[:-1], w, bias), ops.linear(x[-1:], w.detach(), bias)))
+)
+fault("linear", "the weight is rounded to bfloat16")(
+    lambda x, w, bias: ops.linear(x, w.bfloat16().to(w.dtype), bias)
+)
+fault("linear", "the last number of every row is not read", torch.bfloat16)(
+    lambda x, w, bias: ops.linear(x[..., :-1], w[:, :-1], bias)
+)
+
 # --- rms_norm -------------------------------------------------------------------------------------
 
 

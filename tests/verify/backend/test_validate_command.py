@@ -16,7 +16,6 @@ BACKEND = """
 import dataclasses, torch
 from portmoe.backends.cpu import accelerator as cpu
 from portmoe.accelerator import Operations
-from portmoe.ops import torch_native
 from portmoe.ops.operation import Implementation
 
 class Scaled(torch.autograd.Function):
@@ -30,7 +29,7 @@ class Scaled(torch.autograd.Function):
 class Planted(Operations):
     def implementations(self):
         mine = Implementation("expert_ffn", "wrong", wrong)
-        return [mine, *torch_native.ALL] if WRONG_GRADIENT else torch_native.ALL
+        return [mine, *torch_ops.ALL] if WRONG_GRADIENT else torch_ops.ALL
 
 def wrong(x, w1, w3, w2):
     from portmoe import ops

@@ -10,18 +10,26 @@ What is done with a slice's logits is an argument, ``Arithmetic``: a backend may
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from portmoe.ops.cross_entropy import IGNORED, KEPT_LOGITS, Arithmetic, CutVocabulary, Statistics, Targets
-from portmoe.ops.products import slow_in
+from portmoe.ops.cross_entropy import (
+    CUT_VOCABULARY,
+    IGNORED,
+    KEPT_LOGITS,
+    Arithmetic,
+    CutVocabulary,
+    Statistics,
+    Targets,
+)
+from portmoe.ops.operation import Implementation
 
-# Of one slice's logits. On the CPU 8 MiB in float32, which stay in the cache; an accelerator wants wide
-# products.
-SLICE_ELEMENTS = 2**21
-ACCELERATOR_SLICE_ELEMENTS = 2**24
+SLICE_LOGITS = 2**24  # of one slice: products as wide as an accelerator wants them
+
+Factor = Callable[[torch.Tensor], torch.Tensor]
 
 
 class TorchArithmetic:
@@ -64,23 +72,49 @@ class TorchArithmetic:
 TORCH = TorchArithmetic()
 
 
-def chunked(arithmetic: Arithmetic) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """``cross_entropy`` in memory of order T·H + some slices besides the gradients, cut or whole."""
+def _as_it_is(t: torch.Tensor) -> torch.Tensor:
+    return t
 
-    def chunked_cross_entropy(
+
+@dataclass
+class ChunkedCrossEntropy:
+    """``cross_entropy`` in memory of order T·H + some slices besides the gradients, cut or whole.
+
+    Attributes:
+        arithmetic: what is done with a slice's logits.
+        slice_logits: how many a slice has.
+        factor: a tensor as products take it, in a dtype that the device multiplies.
+    """
+
+    arithmetic: Arithmetic = TORCH
+    slice_logits: int = SLICE_LOGITS
+    factor: Factor = _as_it_is
+
+    def __call__(
+        self,
         x_TH: torch.Tensor,
         weight_VH: torch.Tensor,
         labels_T: torch.Tensor,
         label_smoothing: float,
         cut: CutVocabulary | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The contract of ``cross_entropy``."""
         cut = cut or CutVocabulary(0, weight_VH.shape[0], lambda statistics: statistics)
-        return _ChunkedCrossEntropy.apply(x_TH, weight_VH, labels_T, label_smoothing, cut, arithmetic)
+        return _ChunkedCrossEntropy.apply(x_TH, weight_VH, labels_T, label_smoothing, cut, self)
 
-    return chunked_cross_entropy
-
-
-chunked_cross_entropy = chunked(TORCH)
+    def slices(
+        self, x_TH: torch.Tensor, weight_VH: torch.Tensor, kept: Sequence[torch.Tensor] = ()
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """The logits slice by slice in x's dtype, with the first row of each; the first ones are ``kept``."""
+        width = max(1, self.slice_logits // max(1, x_TH.shape[0]))
+        factor_TH = self.factor(x_TH)
+        start = 0
+        for number, rows_SH in enumerate(weight_VH.split(width)):
+            if number < len(kept):
+                yield start, kept[number]
+            else:
+                yield start, F.linear(factor_TH, self.factor(rows_SH)).to(x_TH.dtype)
+            start += rows_SH.shape[0]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -92,26 +126,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         labels_T: torch.Tensor,
         label_smoothing: float,
         cut: CutVocabulary,
-        arithmetic: Arithmetic,
+        by: ChunkedCrossEntropy,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         statistics = Statistics.of_no_class(labels_T, torch.promote_types(x_TH.dtype, torch.float32))
         kept = []
-        for start, logits_TS in _slices(x_TH, weight_VH):
+        for start, logits_TS in by.slices(x_TH, weight_VH):
             if logits_TS.shape[0] * start + logits_TS.numel() <= KEPT_LOGITS:
                 kept.append(logits_TS)
-            arithmetic.add(statistics, logits_TS, labels_T, cut.first + start, label_smoothing > 0)
+            by.arithmetic.add(statistics, logits_TS, labels_T, cut.first + start, label_smoothing > 0)
         s = cut.combine(statistics)
         log_sum_T = s.exp_sum_T.log_().add_(s.largest_T)
         uniform = label_smoothing / cut.classes
         loss_T = log_sum_T - (1 - label_smoothing) * s.target_T - uniform * s.logit_sum_T
         correct_T = s.predicted_T == labels_T
         ctx.save_for_backward(x_TH, weight_VH, labels_T, log_sum_T, *kept)
-        ctx.smoothing, ctx.uniform, ctx.first, ctx.arithmetic = (
-            label_smoothing,
-            uniform,
-            cut.first,
-            arithmetic,
-        )
+        ctx.smoothing, ctx.uniform, ctx.first, ctx.by = label_smoothing, uniform, cut.first, by
         ctx.mark_non_differentiable(correct_T)
         return loss_T.masked_fill_(labels_T == IGNORED, 0.0), correct_T
 
@@ -123,12 +152,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         grad_x_TH = torch.zeros_like(x_TH, dtype=log_sum_T.dtype) if wants_x else None
         grad_weight_VH = torch.empty_like(weight_VH) if wants_weight else None
-        factor_TH = _factor(x_TH)
-        for start, logits_TS in _slices(x_TH, weight_VH, kept):
-            grad_TS, grad_ST = map(_factor, ctx.arithmetic.gradients(logits_TS, ctx.first + start, targets))
+        arithmetic, factor = ctx.by.arithmetic, ctx.by.factor
+        factor_TH = factor(x_TH)
+        for start, logits_TS in ctx.by.slices(x_TH, weight_VH, kept):
+            grad_TS, grad_ST = map(factor, arithmetic.gradients(logits_TS, ctx.first + start, targets))
             rows = slice(start, start + len(grad_ST))
             if wants_x and grad_TS.dtype == grad_x_TH.dtype:
-                grad_x_TH.addmm_(grad_TS, _factor(weight_VH[rows]))
+                grad_x_TH.addmm_(grad_TS, factor(weight_VH[rows]))
             elif wants_x:
                 grad_x_TH += grad_TS @ weight_VH[rows]
             if wants_weight:
@@ -137,29 +167,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_x_TH, grad_weight_VH, None, None, None, None
 
 
-def _slices(
-    x_TH: torch.Tensor, weight_VH: torch.Tensor, kept: Sequence[torch.Tensor] = ()
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """The logits slice by slice in x's dtype, with the first class of each; the first ones are ``kept``."""
-    elements = SLICE_ELEMENTS if x_TH.device.type == "cpu" else ACCELERATOR_SLICE_ELEMENTS
-    width = max(1, elements // max(1, x_TH.shape[0]))
-    factor_TH = _factor(x_TH)
-    start = 0
-    for number, rows_SH in enumerate(weight_VH.split(width)):
-        if number < len(kept):
-            yield start, kept[number]
-        else:
-            yield start, F.linear(factor_TH, _factor(rows_SH)).to(x_TH.dtype)
-        start += rows_SH.shape[0]
-
-
-def _factor(t: torch.Tensor) -> torch.Tensor:
-    """``t`` as products take it: in float32 where the processor is slow in its dtype."""
-    return t.float() if t.device.type == "cpu" and slow_in(t.dtype) else t
-
-
 def _place(labels_T: torch.Tensor, start: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Each label's column in the slice (clamped into it) and whether it lies there."""
     place_T = labels_T - start
     inside_T = (place_T >= 0) & (place_T < width)
     return place_T.clamp(0, width - 1), inside_T
+
+
+CROSS_ENTROPY_CHUNKED = Implementation(
+    "cross_entropy", "chunked", ChunkedCrossEntropy(), handles=(CUT_VOCABULARY,)
+)

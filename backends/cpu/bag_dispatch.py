@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from portmoe.backends.torch.dispatch import REARRANGE
 from portmoe.ops.operation import Implementation
 
 CHUNK_ELEMENTS = 2**18  # of rows picked at once for the weights' gradient: they stay in the cache
@@ -130,8 +131,7 @@ def _row_products(grad_SH: torch.Tensor, y_RH: torch.Tensor, row_KS: torch.Tenso
     return product_KS.masked_fill_(row_KS >= rows, 0.0)
 
 
-KEY = "moe.enable_token_rearrange_opt"
 ALL = (
-    Implementation("dispatch", "bag", bag_dispatch, requested_by=KEY),
-    Implementation("combine", "bag", bag_combine, requested_by=KEY),
+    Implementation("dispatch", "bag", bag_dispatch, requested_by=REARRANGE),
+    Implementation("combine", "bag", bag_combine, requested_by=REARRANGE),
 )

@@ -1,11 +1,14 @@
-"""The chunked cross entropy with compiled kernels for what is done with a slice's logits."""
+"""The chunked cross entropy in slices that stay in the cache, with compiled kernels for a slice's logits."""
 
 import torch
 
-from portmoe.backends.cpu.native import addresses, kernel, require, supports
-from portmoe.ops.chunked_cross_entropy import chunked
+from portmoe.backends.cpu.compiler import addresses, kernel, require, supports
+from portmoe.backends.cpu.products import factor
+from portmoe.backends.torch.cross_entropy import TORCH, ChunkedCrossEntropy
 from portmoe.ops.cross_entropy import CUT_VOCABULARY, Statistics, Targets
 from portmoe.ops.operation import Implementation
+
+SLICE_LOGITS = 2**21  # of one slice: 8 MiB in float32
 
 
 class Kernels:
@@ -47,4 +50,18 @@ class Kernels:
         return grad_TS, grad_ST
 
 
-ALL = (Implementation("cross_entropy", "compiled", chunked(Kernels()), supports, handles=(CUT_VOCABULARY,)),)
+ALL = (
+    Implementation(
+        "cross_entropy",
+        "compiled",
+        ChunkedCrossEntropy(Kernels(), SLICE_LOGITS, factor),
+        supports,
+        handles=(CUT_VOCABULARY,),
+    ),
+    Implementation(
+        "cross_entropy",
+        "chunked",
+        ChunkedCrossEntropy(TORCH, SLICE_LOGITS, factor),
+        handles=(CUT_VOCABULARY,),
+    ),
+)

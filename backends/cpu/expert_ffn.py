@@ -1,16 +1,16 @@
 """The experts' networks with compiled kernels between the products.
 
-Beside what ``portmoe.ops.buffered_expert_ffn`` does, the work between two products is one pass over
+Beside what ``buffered_expert_ffn`` does, the work between two products is one pass over
 memory, and in bfloat16 no product has a transposed first factor: the kernels write the transposes. The
 gradients of w1 and w3 are then one product: two threads are no faster than one at either of them alone.
 """
 
 import torch
 
-from portmoe.backends.cpu.native import addresses, kernel, require, supports
-from portmoe.ops.buffered_expert_ffn import native, ragged, static
+from portmoe.backends.cpu.buffered_expert_ffn import ragged, static
+from portmoe.backends.cpu.compiler import addresses, kernel, require, supports
+from portmoe.backends.cpu.products import direct, direct_products
 from portmoe.ops.operation import Implementation
-from portmoe.ops.products import native_products
 from portmoe.ops.workload import Workload
 
 
@@ -50,12 +50,12 @@ class Kernels:
 
 
 def _supports(workload: Workload) -> str | None:
-    return supports(workload) or native(workload)
+    return supports(workload) or direct(workload)
 
 
 ALL = (
-    Implementation("expert_ffn", "compiled", static(native_products, Kernels()), _supports),
+    Implementation("expert_ffn", "compiled", static(direct_products, Kernels()), _supports),
     Implementation(
-        "expert_ffn_ragged", "compiled", ragged(native_products, elementwise=Kernels()), _supports
+        "expert_ffn_ragged", "compiled", ragged(direct_products, elementwise=Kernels()), _supports
     ),
 )

@@ -12,25 +12,25 @@ MOST_CHOICES = 16  # the kernel's loops over a token's choices are unrolled
 
 
 def _swiglu(gate_TF: torch.Tensor, up_TF: torch.Tensor) -> torch.Tensor:
-    from portmoe.backends.kernels.triton_swiglu import swiglu
+    from portmoe.backends.triton.swiglu import swiglu
 
     return swiglu(gate_TF, up_TF)
 
 
 def _topk_gating(*args: object, **options: object) -> Routing:
-    from portmoe.backends.kernels.triton_gating import topk_gating
+    from portmoe.backends.triton.topk_gating import topk_gating
 
     return topk_gating(*args, **options)
 
 
 def _dispatch(x_SH: torch.Tensor, row_KS: torch.Tensor, rows: int) -> torch.Tensor:
-    from portmoe.backends.kernels.triton_rows import dispatch
+    from portmoe.backends.triton.dispatch import dispatch
 
     return dispatch(x_SH, row_KS, rows)
 
 
 def _combine(y_RH: torch.Tensor, row_KS: torch.Tensor, weight_KS: torch.Tensor) -> torch.Tensor:
-    from portmoe.backends.kernels.triton_rows import combine
+    from portmoe.backends.triton.dispatch import combine
 
     return combine(y_RH, row_KS, weight_KS)
 

@@ -7,7 +7,7 @@ neither is offered. The signatures are those of release 0.8.5.
 import torch
 
 from portmoe.accelerator.probing import describe, installed_version, release
-from portmoe.ops.chunked_cross_entropy import chunked_cross_entropy
+from portmoe.backends.torch.ops import CROSS_ENTROPY_CHUNKED
 from portmoe.ops.cross_entropy import IGNORED
 from portmoe.ops.operation import Implementation
 from portmoe.ops.rms_norm import rms_norm as plain_rms_norm
@@ -35,7 +35,7 @@ def cross_entropy(
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     if not x_TH.numel():
-        return chunked_cross_entropy(x_TH, weight_VH, labels_T, label_smoothing)
+        return CROSS_ENTROPY_CHUNKED.function(x_TH, weight_VH, labels_T, label_smoothing)
     loss_T, _, _, predicted_T = LigerFusedLinearCrossEntropyFunction.apply(
         x_TH,
         weight_VH,

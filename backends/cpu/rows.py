@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from portmoe.backends.cpu.native import NAMES, address, addresses, kernel, supports
+from portmoe.backends.cpu.compiler import NAMES, address, addresses, kernel, supports
+from portmoe.backends.torch.rms_norm import RMS_NORM
 from portmoe.ops.operation import Implementation
-from portmoe.ops.torch_native import RMS_NORM
 
 
 def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:

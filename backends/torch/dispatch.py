@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
+from portmoe.ops.operation import Implementation
 
-def gather_dispatch(x_SH: torch.Tensor, row_KS: torch.Tensor, rows: int) -> torch.Tensor:
+
+def dispatch(x_SH: torch.Tensor, row_KS: torch.Tensor, rows: int) -> torch.Tensor:
     """The contract of ``dispatch``."""
     return _Dispatch.apply(x_SH, row_KS, rows)
 
 
-def gather_combine(y_RH: torch.Tensor, row_KS: torch.Tensor, weight_KS: torch.Tensor) -> torch.Tensor:
+def combine(y_RH: torch.Tensor, row_KS: torch.Tensor, weight_KS: torch.Tensor) -> torch.Tensor:
     """The contract of ``combine``."""
     return _Combine.apply(y_RH, row_KS, weight_KS)
 
@@ -80,3 +82,8 @@ def _rows_or_zero(source_RH: torch.Tensor, row_S: torch.Tensor) -> torch.Tensor:
         return source_RH.new_zeros(row_S.shape[0], source_RH.shape[1])
     picked_SH = source_RH.index_select(0, row_S.clamp(max=rows - 1))
     return picked_SH.masked_fill_((row_S >= rows)[:, None], 0.0)
+
+
+REARRANGE = "moe.enable_token_rearrange_opt"
+DISPATCH_GATHER = Implementation("dispatch", "gather", dispatch, requested_by=REARRANGE)
+COMBINE_GATHER = Implementation("combine", "gather", combine, requested_by=REARRANGE)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from portmoe.backends.cpu.native import addresses, kernel, supports
+from portmoe.backends.cpu.compiler import addresses, kernel, supports
 from portmoe.ops.operation import Implementation
 from portmoe.ops.workload import Workload
 

@@ -18,9 +18,14 @@ from typing import Any, Protocol
 
 import torch
 
+from portmoe.backends.cpu.products import (
+    Products,
+    direct,
+    direct_products,
+    float32_products,
+    through_float32,
+)
 from portmoe.ops.operation import Implementation
-from portmoe.ops.products import Products, float32_products, native_products, slow_in
-from portmoe.ops.workload import Workload
 
 PIECE_ELEMENTS = 2**17  # of the elementwise work done at a time
 # In 16-bit types ragged row counts are rounded up to the height of a matrix unit's tile: every new count
@@ -220,22 +225,9 @@ def _pieces(*tensors_PF: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     return zip(*(t.split(rows) for t in tensors_PF), strict=True)
 
 
-def native(workload: Workload) -> str | None:
-    """Supports what the processor multiplies by itself."""
-    if slow_in(workload.dtype):
-        return f"this processor has no matrix units for {workload.dtype}"
-    return None
-
-
-def _through_float32(workload: Workload) -> str | None:
-    if not slow_in(workload.dtype):
-        return f"this processor computes products of {workload.dtype} itself"
-    return None
-
-
 ALL = (
-    Implementation("expert_ffn", "buffered", static(native_products), native),
-    Implementation("expert_ffn", "through_float32", static(float32_products), _through_float32),
-    Implementation("expert_ffn_ragged", "buffered", ragged(native_products), native),
-    Implementation("expert_ffn_ragged", "through_float32", ragged(float32_products, 1), _through_float32),
+    Implementation("expert_ffn", "buffered", static(direct_products), direct),
+    Implementation("expert_ffn", "through_float32", static(float32_products), through_float32),
+    Implementation("expert_ffn_ragged", "buffered", ragged(direct_products), direct),
+    Implementation("expert_ffn_ragged", "through_float32", ragged(float32_products, 1), through_float32),
 )

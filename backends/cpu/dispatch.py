@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from portmoe.backends.cpu.native import addresses, kernel, require, supports
-from portmoe.ops.bag_dispatch import KEY
+from portmoe.backends.cpu.compiler import addresses, kernel, require, supports
+from portmoe.backends.torch.dispatch import REARRANGE
 from portmoe.ops.operation import Implementation
 
 
@@ -79,6 +79,6 @@ def _sum_of_rows(y_RH: torch.Tensor, row_KS: torch.Tensor, weight_KS: torch.Tens
 
 
 ALL = (
-    Implementation("dispatch", "compiled", dispatch, supports, requested_by=KEY),
-    Implementation("combine", "compiled", combine, supports, requested_by=KEY),
+    Implementation("dispatch", "compiled", dispatch, supports, requested_by=REARRANGE),
+    Implementation("combine", "compiled", combine, supports, requested_by=REARRANGE),
 )
