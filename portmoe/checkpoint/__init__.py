@@ -1,1 +1,4 @@
-"""Checkpoints: sharded, atomic, readable by any layout."""
+"""Checkpoints: sharded, whole or not there, readable by any layout.
+
+``folder`` names them, ``storage`` writes and reads the files, ``store`` saves and resumes a run.
+"""

@@ -12,12 +12,8 @@ other, and it writes a replicated tensor once.
 import contextlib
 import json
 import os
-import pickle
-import re
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,36 +22,19 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future as TorchFuture
 
+from portmoe.checkpoint.folder import (
+    STATE_FILE,
+    beyond,
+    complete_steps,
+    crc32,
+    folder_of,
+    partial_of,
+)
+from portmoe.checkpoint.storage import FORMAT, Reader, Writer
 from portmoe.checkpoint.upkeep import clear, remove, tidy, vacant
 from portmoe.errors import ConfigError, TrainingError
-
-STATE_FILE = "state.json"
-METADATA_FILE = ".metadata"
-FORMAT = 1
-
-_COMPLETE = re.compile(r"step-(\d{8,})")
-# What DCP's own metadata is made of: the only classes that reading one may create.
-_METADATA_CLASSES = {
-    "pathlib": {"PosixPath"},
-    "pathlib._local": {"PosixPath"},  # Python 3.13
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-}
 
 
 class Checkpointer:
@@ -95,7 +74,7 @@ class Checkpointer:
         detached = {name: value.detach() for name, value in tensors.items()}
         # A copy: the caller's objects change while a background write waits for its turn.
         kept = max(self.keep, 2)
-        writer = _Writer(self.folder, step, json.loads(json.dumps(state)), kept, self._problems.append)
+        writer = Writer(self.folder, step, json.loads(json.dumps(state)), kept, self._problems.append)
         self._unconfirmed = step
         try:
             if self.asynchronous:
@@ -126,7 +105,7 @@ class Checkpointer:
             return
         self._unconfirmed = None
         if self.keep == 1 and dist.get_rank(self._group) == 0:
-            remove(_beyond(self.folder, step, self.keep), self._problems.append)
+            remove(beyond(self.folder, step, self.keep), self._problems.append)
 
     def problems(self) -> list[str]:
         """What went wrong since the last call without harm to any checkpoint: known on rank 0."""
@@ -188,30 +167,13 @@ class Checkpointer:
     def _save_failed(self, step: int, error: BaseException) -> TrainingError:
         if dist.get_rank(self._group) == 0:
             with contextlib.suppress(OSError):
-                clear(_partial(self.folder, step))  # a full disk needs the room
+                clear(partial_of(self.folder, step))  # a full disk needs the room
         kept = ", ".join(map(str, complete_steps(self.folder))) or "none"
         return TrainingError(
             f"the checkpoint of step {step} could not be written to {self.folder}: {_cause(error)}; "
             f"complete checkpoints there: {kept}. Free space or repair the disk, or set "
             "ckpt.save_ckpt_folder to another one; the run resumes from the newest complete checkpoint"
         )
-
-
-def folder_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` lies inside ``folder``."""
-    return folder / f"step-{step:08d}"
-
-
-def complete_steps(folder: Path) -> list[int]:
-    """The steps of the complete checkpoints in ``folder``, ascending. Looks only; communicates nothing."""
-    if not folder.is_dir():
-        return []
-    names = [
-        match
-        for entry in folder.iterdir()
-        if (match := _COMPLETE.fullmatch(entry.name)) and (entry / STATE_FILE).is_file()
-    ]
-    return sorted(int(match[1]) for match in names)
 
 
 def read(
@@ -229,7 +191,7 @@ def read(
     """
     record = _on_first_rank(group, lambda: _read_record(checkpoint))
     _verify_files(checkpoint, record["files"], group)
-    reader = _Reader(checkpoint)
+    reader = Reader(checkpoint)
     found: list[Metadata] = []
     _agree(group, lambda: found.append(reader.read_metadata()))
     (metadata,) = found
@@ -240,93 +202,6 @@ def read(
     except (Exception, dcp.CheckpointException) as error:
         raise TrainingError(f"checkpoint {checkpoint} cannot be read: {_cause(error)}") from error
     return record["state"]
-
-
-@dataclass(frozen=True)
-class _Written(WriteResult):
-    """What DCP reports of one tensor written, and the checksum of the file it lies in."""
-
-    crc32: int
-
-
-class _Writer(dcp.FileSystemWriter):
-    """DCP's writer into the partial folder; ``finish`` makes the checkpoint whole.
-
-    DCP calls ``prepare_global_plan`` on rank 0 before any rank writes, and ``finish`` on rank 0
-    after every rank has written and synced; what either raises reaches all ranks.
-    """
-
-    def __init__(
-        self, folder: Path, step: int, state: dict[str, Any], keep: int, told: Callable[[str], None]
-    ) -> None:
-        super().__init__(_partial(folder, step))
-        self._folder, self._step, self._state, self._keep, self._told = folder, step, state, keep, told
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        partial = Path(self.path)
-        clear(partial)  # a killed run may have left files of another layout
-        partial.mkdir()
-        return super().prepare_global_plan(plans)
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
-        results = super().write_data(plan, planner).value()
-        names = {result.storage_data.relative_path for result in results}
-        sums = {name: _crc32(Path(self.path, name)) for name in names}
-        _sync_folder(Path(self.path))
-        written: TorchFuture[list[WriteResult]] = TorchFuture()
-        written.set_result([_Written(**vars(r), crc32=sums[r.storage_data.relative_path]) for r in results])
-        return written
-
-    def finish(self, metadata: Metadata, results: list[list[_Written]]) -> None:
-        super().finish(metadata, results)
-        partial, final = Path(self.path), folder_of(self._folder, self._step)
-        files = {r.storage_data.relative_path: r.crc32 for of_rank in results for r in of_rank}
-        files[METADATA_FILE] = _crc32(partial / METADATA_FILE)
-        record = {"format": FORMAT, "step": self._step, "files": files, "state": self._state}
-        with open(partial / STATE_FILE, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_folder(partial)
-        replaced = None
-        if os.path.lexists(final):
-            replaced = vacant(final.with_suffix(".replaced"))
-            os.replace(final, replaced)
-        os.replace(partial, final)
-        _sync_folder(self._folder)
-        remove([replaced] if replaced else [], self._told)
-        remove(_beyond(self._folder, self._step, self._keep), self._told)
-
-
-class _Reader(dcp.FileSystemReader):
-    """DCP's reader, taking nothing from the metadata file but DCP's own classes."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        try:
-            with open(Path(self.path, METADATA_FILE), "rb") as file:
-                return _MetadataUnpickler(file).load()
-        except (pickle.UnpicklingError, EOFError) as error:
-            raise TrainingError(f"checkpoint {self.path} is damaged: {METADATA_FILE}: {error}") from error
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """DCP writes its index as a pickle; a foreign one must not be able to run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = name in _METADATA_CLASSES.get(module, ())
-        if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint's metadata")
-
-
-def _beyond(folder: Path, newest: int, keep: int) -> list[Path]:
-    """The complete checkpoints up to step ``newest`` that are not among its ``keep`` newest."""
-    steps = [step for step in complete_steps(folder) if step <= newest]
-    return [folder_of(folder, step) for step in steps[:-keep]]
-
-
-def _partial(folder: Path, step: int) -> Path:
-    return folder_of(folder, step).with_suffix(".partial")
 
 
 def _read_record(checkpoint: Path) -> dict[str, Any]:
@@ -350,7 +225,7 @@ def _verify_files(checkpoint: Path, files: Mapping[str, int], group: dist.Proces
 
     def damaged(name: str) -> str | None:
         try:
-            return None if _crc32(checkpoint / name) == files[name] else f"{name}: wrong checksum"
+            return None if crc32(checkpoint / name) == files[name] else f"{name}: wrong checksum"
         except OSError as error:
             return f"{name}: {error.strerror}"
 
@@ -391,23 +266,6 @@ def _check_names(
             f"checkpoint {checkpoint} is not of this model: {'; '.join(problems[:8])}{more}. Use the model "
             "section it was saved with, or another run.directory"
         )
-
-
-def _crc32(path: Path) -> int:
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put the folder's entries on disk, so that a machine crash cannot lose a file that was synced."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cause(error: BaseException) -> str:

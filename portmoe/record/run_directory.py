@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from portmoe.checkpoint.store import complete_steps
+from portmoe.checkpoint.folder import complete_steps
 from portmoe.config import Config
 from portmoe.config.keys import walk
 from portmoe.config.read import dump_config, load_config

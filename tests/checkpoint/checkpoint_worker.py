@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
 from portmoe.accelerator import gloo
-from portmoe.checkpoint import store as checkpoint
-from portmoe.checkpoint.store import Checkpointer, complete_steps, folder_of
+from portmoe.checkpoint import storage
+from portmoe.checkpoint.folder import complete_steps, folder_of
+from portmoe.checkpoint.store import Checkpointer
 from portmoe.errors import ConfigError, TrainingError
 
 SHAPES = {"rows": (7, 3), "even": (8, 2), "copied": (5, 4), "plain": (6,), "scalar": (), "half": (3, 5)}
@@ -77,16 +78,16 @@ def fail_on_rank_1(folder: Path, group: dist.ProcessGroup) -> None:
         checkpointer = Checkpointer(folder, 1, asynchronous, group)
         checkpointer.save(1, laid_out(1), {"step": 1})
         checkpointer.wait()
-        written = checkpoint._Writer.write_data
+        written = storage.Writer.write_data
 
         def full_disk(self, plan, planner):
             raise OSError(28, os.strerror(28))
 
         if dist.get_rank() == 1:
-            checkpoint._Writer.write_data = full_disk
+            storage.Writer.write_data = full_disk
         with pytest.raises(TrainingError, match=r"step 2 .*: rank 1: OSError.* No space left.* there: 1"):
             save_and_wait(checkpointer, 2)
-        checkpoint._Writer.write_data = written
+        storage.Writer.write_data = written
         assert checkpointer.latest() == 1
         load_newest(folder, group)
         checkpointer.save(3, laid_out(3), {"step": 3})

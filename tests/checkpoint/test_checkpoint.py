@@ -15,8 +15,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from portmoe.checkpoint import store as checkpoint
-from portmoe.checkpoint.store import Checkpointer, complete_steps, folder_of
+from portmoe.checkpoint import storage
+from portmoe.checkpoint.folder import complete_steps, crc32, folder_of
+from portmoe.checkpoint.store import Checkpointer, read
 from portmoe.errors import ConfigError, TrainingError
 
 WORKER = worker.__file__
@@ -140,7 +141,7 @@ def test_a_failed_background_write_is_raised_by_the_next_call(tmp_path, group, m
     def full_disk(self, metadata, results):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(checkpoint._Writer, "finish", full_disk)
+    monkeypatch.setattr(storage.Writer, "finish", full_disk)
     checkpointer.save(2, tensors_at(2), {"step": 2})
     with pytest.raises(TrainingError, match=r"step 2 could not be written.*No space left.*there: 1"):
         checkpointer.save(3, tensors_at(3), {"step": 3})
@@ -154,13 +155,13 @@ def test_a_failed_background_write_is_raised_by_the_next_call(tmp_path, group, m
 def test_a_background_write_keeps_what_was_at_the_call(tmp_path, group, monkeypatch):
     """Training goes on while the write waits for its turn, and changes tensors and state in place."""
     may_write = threading.Event()
-    finish = checkpoint._Writer.finish
+    finish = storage.Writer.finish
 
     def late(*arguments, **named):
         may_write.wait(60)
         finish(*arguments, **named)
 
-    monkeypatch.setattr(checkpoint._Writer, "finish", late)
+    monkeypatch.setattr(storage.Writer, "finish", late)
     tensors, state = tensors_at(3), {"progress": {"step": 3}}
     checkpointer = Checkpointer(tmp_path, 2, True, group)
     checkpointer.save(3, tensors, state)
@@ -270,19 +271,19 @@ def test_another_model_is_refused_by_name_and_touches_nothing(tmp_path, group):
 def test_a_subset_of_the_tensors_can_be_read(tmp_path, group):
     save(tmp_path, 1, group)
     rows = {"rows": torch.zeros(7, 3)}
-    assert checkpoint.read(folder_of(tmp_path, 1), rows, group, subset=True) == {"step": 1}
+    assert read(folder_of(tmp_path, 1), rows, group, subset=True) == {"step": 1}
     worker.check(rows, 1)
     with pytest.raises(ConfigError, match="plain is not in this model"):
-        checkpoint.read(folder_of(tmp_path, 1), rows, group)
+        read(folder_of(tmp_path, 1), rows, group)
 
 
 def test_what_is_no_checkpoint_is_said_with_the_one_meant(tmp_path, group):
     save(tmp_path, 7, group)
     with pytest.raises(ConfigError, match=r"not a checkpoint.*did you mean .*step-00000007\?"):
-        checkpoint.read(tmp_path, tensors_at(0), group)
+        read(tmp_path, tensors_at(0), group)
     for nothing in (tmp_path / "missing", folder_of(tmp_path, 7) / "state.json"):
         with pytest.raises(ConfigError, match="is not a checkpoint"):
-            checkpoint.read(nothing, tensors_at(0), group)
+            read(nothing, tensors_at(0), group)
 
 
 class Exploit:
@@ -298,7 +299,7 @@ def test_an_index_that_would_run_code_is_refused(tmp_path, group):
     folder = folder_of(tmp_path, 1)
     (folder / ".metadata").write_bytes(pickle.dumps(Exploit(tmp_path / "witness")))
     record = json.loads((folder / "state.json").read_text())
-    record["files"][".metadata"] = checkpoint._crc32(folder / ".metadata")
+    record["files"][".metadata"] = crc32(folder / ".metadata")
     (folder / "state.json").write_text(json.dumps(record))
     with pytest.raises(TrainingError, match="does not belong in a checkpoint's metadata"):
         checkpointer.load(1, tensors_at(0))

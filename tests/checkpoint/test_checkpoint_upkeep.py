@@ -8,7 +8,8 @@ import pytest
 import torch.distributed as dist
 
 from portmoe.checkpoint import upkeep
-from portmoe.checkpoint.store import Checkpointer, complete_steps, folder_of
+from portmoe.checkpoint.folder import complete_steps, folder_of
+from portmoe.checkpoint.store import Checkpointer
 
 
 @pytest.fixture(scope="module")

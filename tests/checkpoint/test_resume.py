@@ -19,11 +19,9 @@ def whole(tmp_path_factory):
     return run(tmp_path_factory.mktemp("whole") / "run", **SAVING)
 
 
-def start(directory):
-    return Portmoe(arguments(directory, **SAVING), environment())
-
-
-def start_command(directory, nproc):
+def start(directory, nproc=1):
+    if nproc == 1:
+        return Portmoe(arguments(directory, **SAVING), environment())
     return subprocess.Popen(
         command(directory, nproc, **SAVING),
         env=environment(),
@@ -105,6 +103,6 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, whole, number, np
 def test_two_ranks_killed_resume_too(tmp_path):
     whole = run(tmp_path / "whole", 2, **SAVING)
     directory = tmp_path / "run"
-    assert kill_when(start_command(directory, 2), lambda: steps_done(directory) >= 11)
+    assert kill_when(start(directory, 2), lambda: steps_done(directory) >= 11)
     time.sleep(0.5)  # the ranks follow their parent
     assert losses(run(directory, 2, **SAVING)) == losses(whole)
