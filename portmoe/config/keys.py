@@ -20,15 +20,19 @@ class Key:
             configs that people have contain it: it is accepted, and reported where it is not the default.
         same_run: two configs that differ in it train the same numbers: where the run lives, how it is laid
             out, computed, watched and saved, and how long it lasts.
+        of_the_data: what data there is, which is judged by its content where that is known: the same data may
+            lie elsewhere, and other data under the same name.
         asks_for: the operations of which the key, where it is true, asks for a kind of implementation.
     """
 
     no_effect: str | None = None
     same_run: bool = False
+    of_the_data: bool = False
     asks_for: tuple[str, ...] = ()
 
 
 SAME_RUN = Key(same_run=True)
+OF_THE_DATA = Key(of_the_data=True)
 
 
 def no_effect(why: str) -> Key:
@@ -93,4 +97,9 @@ def section_in(annotation: Any) -> type[BaseModel] | None:
 def _together(above: Key | None, own: Key) -> Key:
     if above is None:
         return own
-    return Key(own.no_effect or above.no_effect, own.same_run or above.same_run, own.asks_for)
+    return Key(
+        no_effect=own.no_effect or above.no_effect,
+        same_run=own.same_run or above.same_run,
+        of_the_data=own.of_the_data or above.of_the_data,
+        asks_for=own.asks_for,
+    )

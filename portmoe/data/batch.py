@@ -28,6 +28,10 @@ class Batch:
         arrays = (pack.tokens_T, labels_T, pack.positions_T, pack.types_T)
         return cls(*map(torch.from_numpy, arrays), segments=Segments(offsets=pack.offsets), index=index)
 
+    def unlabelled(self) -> "Batch":
+        """Return the batch without a label: it counts in no loss and no metric."""
+        return replace(self, labels_T=torch.full_like(self.labels_T, IGNORED))
+
     @property
     def num_segments(self) -> int:
         """What the benchmark's log line counts as samples."""

@@ -1,5 +1,6 @@
 """The micro-batches of one data-parallel rank, step by step, prepared one step ahead."""
 
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -12,6 +13,8 @@ from portmoe.data.sampler import PackSampler
 class DataStream:
     """What a rank trains or validates on. Close it, or use it in a ``with`` block, to stop its thread.
 
+    Training asks for ``batches``, validation for ``passes``.
+
     ``steps_per_epoch``: steps until every pack was taken once, those that fill no whole step left out.
     ``equal_segments``: every segment has exactly data.seq_len tokens.
     """
@@ -20,11 +23,13 @@ class DataStream:
         self._config = config
         micro_num = split_micro_num(config, micro_num, split)
         self._packs = open_packs(config, size, micro_num, split)
-        seed = config.run.seed if split == "train" else None
-        self._sampler = PackSampler(len(self._packs), micro_num, rank, size, seed)
+        self._share = range(rank, micro_num * size, size)  # of the packs that all ranks take at a time
+        self._together = micro_num * size
+        if split == "train":
+            self._sampler = PackSampler(len(self._packs), micro_num, rank, size, config.run.seed)
+            self.steps_per_epoch = self._sampler.steps_per_epoch
         self._where = getattr(config.data, f"{split}_folder") or "the dummy data"
         self.num_packs = len(self._packs)
-        self.steps_per_epoch = self._sampler.steps_per_epoch
         self.equal_segments = self._packs.equal_segments
         # One thread does all the reading, so that nothing below needs a lock.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"portmoe-{split}-data")
@@ -44,6 +49,21 @@ class DataStream:
         self._ahead = (step + 1, self._thread.submit(self._prepare, step + 1))
         return future.result()
 
+    def passes(self) -> Iterator[list[Batch]]:
+        """Yield this rank's share of all packs, in order, as many at a time as ``batches`` returns.
+
+        Ranks that no pack is left for in the last pass get the last one again, without a label.
+        """
+        packs = range(self.num_packs)
+        for first in range(0, self.num_packs, self._together):
+            wanted = [first + place for place in self._share]
+            yield [
+                self._batch(number, number)
+                if number in packs
+                else self._batch(packs[-1], number).unlabelled()
+                for number in wanted
+            ]
+
     def close(self) -> None:
         """Stop preparing; waits for a step in preparation."""
         self._drop_ahead()
@@ -61,14 +81,14 @@ class DataStream:
             self._ahead = None
 
     def _prepare(self, step: int) -> list[Batch]:
-        batches = []
-        for pack_id, index in zip(self._sampler.step(step), self._sampler.indices(step), strict=True):
-            pack = self._packs.pack(pack_id)
-            # The least int64 has no absolute value and stays negative.
-            largest = max(int(pack.tokens_T.max()), -int(pack.tokens_T.min()))
-            check_vocabulary(self._config, largest, self._where)
-            batches.append(Batch.from_pack(pack, index))
-        return batches
+        return list(map(self._batch, self._sampler.step(step), self._sampler.indices(step)))
+
+    def _batch(self, pack_id: int, index: int) -> Batch:
+        pack = self._packs.pack(pack_id)
+        # The least int64 has no absolute value and stays negative.
+        largest = max(int(pack.tokens_T.max()), -int(pack.tokens_T.min()))
+        check_vocabulary(self._config, largest, self._where)
+        return Batch.from_pack(pack, index)
 
 
 def open_data(config: Config, *, rank: int, size: int, micro_num: int, split: Split = "train") -> DataStream:

@@ -43,8 +43,8 @@ class Packing:
         self._pack_len = pack_len
         self._order = np.arange(len(samples.lengths))
         np.random.RandomState(ORDER_SEED).shuffle(self._order)
-        self._ends = np.cumsum(samples.lengths[self._order])
-        self.num_tokens = int(self._ends[-1]) if len(self._ends) else 0
+        self.ends = np.cumsum(samples.lengths[self._order])  # where each sample ends among all tokens
+        self.num_tokens = int(self.ends[-1]) if len(self.ends) else 0
 
     def __len__(self) -> int:
         return self.num_tokens // self._pack_len
@@ -60,11 +60,11 @@ class Packing:
             raise IndexError(f"pack {index} of {len(self)}")
         start, stop = index * self._pack_len, (index + 1) * self._pack_len
         tokens, labels, labelled, offsets = [], [], [], [0]
-        place = int(np.searchsorted(self._ends, start, side="right"))
+        place = int(np.searchsorted(self.ends, start, side="right"))
         while offsets[-1] < self._pack_len:
             sample = self._samples.sample(self._order[place])
             length = len(sample.tokens_T)
-            first = int(self._ends[place]) - length  # where the sample begins among all tokens
+            first = int(self.ends[place]) - length  # where the sample begins among all tokens
             begin, end = max(start - first, 0), min(stop - first, length)
             tokens.append(sample.tokens_T[begin:end])
             labels.append(sample.tokens_T[begin + 1 : end + 1])
@@ -90,7 +90,7 @@ class PackSequence:
     """The packs of several data sets, one data set after the other; no pack holds two of them."""
 
     def __init__(self, packings: Sequence[Packing]) -> None:
-        self._packings = packings
+        self.packings = packings
         self._ends = np.cumsum([len(packing) for packing in packings])
         self.num_tokens = sum(packing.num_tokens for packing in packings)
         self.equal_segments = all(packing.equal_segments for packing in packings)
@@ -102,4 +102,4 @@ class PackSequence:
         if not 0 <= index < len(self):
             raise IndexError(f"pack {index} of {len(self)}")
         which = int(np.searchsorted(self._ends, index, side="right"))
-        return self._packings[which].pack(index - int(self._ends[which]) + len(self._packings[which]))
+        return self.packings[which].pack(index - int(self._ends[which]) + len(self.packings[which]))

@@ -3,10 +3,11 @@
 Imports numpy but not torch, so that a dry run and the checks of a config stay quick.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from portmoe.config import Config
 from portmoe.config.section import LARGEST_SIZE
+from portmoe.data.fingerprint import fingerprint
 from portmoe.data.packing import Packing, PackSequence
 from portmoe.data.sources.dummy import DummyDataset
 from portmoe.data.sources.tokenized import open_folder
@@ -26,17 +27,19 @@ def open_packs(config: Config, size: int, micro_num: int, split: Split = "train"
     data = config.data
     folder = data.train_folder if split == "train" else data.valid_folder
     if folder is None:
-        samples = [_open_dummy(config, size)]
+        # What a model is validated with does not depend on the layout.
+        samples = [_open_dummy(config, size if split == "train" else 1)]
         check_vocabulary(config, samples[0].max_token, "the dummy data")
     else:
         samples = open_folder(folder, f"data.{split}_folder", data.min_length)
     pack_len = data.micro_bsz * data.seq_len
     packs = PackSequence([Packing(one, data.seq_len, pack_len) for one in samples])
-    needed = micro_num * size
+    needed = micro_num * size if split == "train" else 1  # a validation takes all there are
     if len(packs) >= needed:
         return packs
+    what = f"one step takes {needed} packs (micro_num {micro_num} · data-parallel size {size})"
     message = (
-        f"one step takes {needed} packs (micro_num {micro_num} · data-parallel size {size}) of {pack_len} "
+        f"{what if split == 'train' else 'a validation takes 1 pack or more'} of {pack_len} "
         f"tokens (data.micro_bsz={data.micro_bsz} · data.seq_len={data.seq_len}), "
         f"and there are {len(packs)}: "
     )
@@ -63,10 +66,16 @@ def split_micro_num(config: Config, micro_num: int, split: Split) -> int:
     return config.data.valid_micro_num
 
 
-def check_data(config: Config, size: int, micro_num: int) -> None:
-    """Raise the ``ConfigError`` that opening the training data, and the validation data if used, would."""
-    for split in ("train", "valid") if config.data.valid_every else ("train",):
-        open_packs(config, size, split_micro_num(config, micro_num, split), split)
+def check_data(config: Config, size: int, micro_num: int) -> dict[str, dict[str, Any]]:
+    """Return what the training data is, and the validation data if used, see ``fingerprint``.
+
+    Raises the ``ConfigError`` that opening them would.
+    """
+    splits: tuple[Split, ...] = ("train", "valid") if config.data.valid_every else ("train",)
+    return {
+        split: fingerprint(open_packs(config, size, split_micro_num(config, micro_num, split), split))
+        for split in splits
+    }
 
 
 def check_vocabulary(config: Config, largest: int, where: str) -> None:

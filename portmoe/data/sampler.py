@@ -9,11 +9,10 @@ class PackSampler:
     Each epoch's order is a new ``arange(num_packs)`` shuffled by one ``RandomState(seed)`` that goes
     on from epoch to epoch, cut to a multiple of ``micro_num`` · ``size`` packs; rank q takes every
     ``size``-th from q on, ``micro_num`` per step (the benchmark's sampler). So the packs of one step
-    depend on the product ``micro_num`` · ``size`` alone, not on how it is divided. ``seed=None`` keeps the
-    packs in order, for validation.
+    depend on the product ``micro_num`` · ``size`` alone, not on how it is divided.
     """
 
-    def __init__(self, num_packs: int, micro_num: int, rank: int, size: int, seed: int | None) -> None:
+    def __init__(self, num_packs: int, micro_num: int, rank: int, size: int, seed: int) -> None:
         self._num_packs = num_packs
         self._micro_num = micro_num
         self._rank = rank
@@ -25,13 +24,12 @@ class PackSampler:
         self._begin()
 
     def _begin(self) -> None:
-        self._rng = None if self._seed is None else np.random.RandomState(self._seed)
+        self._rng = np.random.RandomState(self._seed)
         self._epoch = -1  # the last epoch drawn
 
     def _next_epoch(self) -> None:
         self._order = np.arange(self._num_packs)
-        if self._rng is not None:
-            self._rng.shuffle(self._order)
+        self._rng.shuffle(self._order)
         self._epoch += 1
 
     def step(self, step: int) -> list[int]:

@@ -20,9 +20,10 @@ from portmoe.record.throughput import Speed
 class StepTotals:
     """One step's figures over the whole global batch, the same on every rank.
 
-    ``loss`` is the mean over micro-batches of each one's mean over labelled tokens, and ``aux_loss`` the mean
-    over micro-batches of the sum over layers; the per-type lists follow ``DATA_TYPES`` and count labelled
-    tokens; ``assigned`` and ``kept`` count assignments per expert over all layers, before and after drops.
+    ``loss`` is the mean over micro-batches of each one's mean over labelled tokens, nan where the whole batch
+    has none, and ``aux_loss`` the mean over micro-batches of the sum over layers; the per-type lists follow
+    ``DATA_TYPES`` and count labelled tokens; ``assigned`` and ``kept`` count assignments per
+    expert over all layers, before and after drops.
     ``segments`` is the first data-parallel rank's number, as the benchmark logs it; ``largest_length`` is
     the longest segment in tokens, ``largest_batch`` and ``smallest_batch`` the most and fewest segments of a
     micro-batch.

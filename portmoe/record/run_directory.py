@@ -5,25 +5,27 @@ A run directory holds ``config.yaml`` (resolved), ``environment.json``, ``ops.js
 finished, and ``.lock`` is held by rank 0 for as long as the run lives.
 """
 
-import fcntl
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from portmoe.checkpoint.folder import complete_steps
 from portmoe.config import Config
 from portmoe.config.keys import walk
 from portmoe.config.read import dump_config, load_config
+from portmoe.data.fingerprint import described
 from portmoe.errors import ConfigError, PortmoeError, TrainingError
 from portmoe.files import json_text, write_whole
+from portmoe.record.lock import InUse, Lock, hold
 from portmoe.record.writers import METRICS
 
 RUNS = Path("runs")
-CONFIG, STATUS, LOCK = "config.yaml", "status.json", ".lock"
+CONFIG, STATUS, ENVIRONMENT = "config.yaml", "status.json", "environment.json"
+Data = Mapping[str, Mapping[str, Any]]  # split → what its data is, see ``data.fingerprint``
 
 
 @dataclass
@@ -33,11 +35,12 @@ class RunDirectory:
     path: Path
     checkpoints: Path
     resuming: bool  # it holds checkpoints of this run, and ckpt.auto_resume is on
-    _lock: IO[bytes] | None = None
+    former: Config | None = None  # of the run that was here before
+    _lock: Lock | None = None
 
     @classmethod
     def open(
-        cls, config: Config, config_name: str, rank: int, broadcast: Callable[[Any], Any]
+        cls, config: Config, config_name: str, data: Data, rank: int, broadcast: Callable[[Any], Any]
     ) -> "RunDirectory":
         """Choose and hold the directory; rank 0 looks, all ranks get the outcome.
 
@@ -46,6 +49,7 @@ class RunDirectory:
         unfinished, unlocked run of the same config to continue.
 
         Args:
+            data: what the run trains on.
             broadcast: takes any picklable object and returns rank 0's on every rank.
 
         Raises:
@@ -53,11 +57,11 @@ class RunDirectory:
                 of another config.
         """
         mine: RunDirectory | None = None
-        outcome: tuple[Path, Path, bool] | PortmoeError | None = None
+        outcome: tuple[Path, Path, bool, Config | None] | PortmoeError | None = None
         if rank == 0:
             try:
-                mine = _choose(config, config_name)
-                outcome = mine.path, mine.checkpoints, mine.resuming
+                mine = _choose(config, config_name, data)
+                outcome = mine.path, mine.checkpoints, mine.resuming, mine.former
             except PortmoeError as error:
                 outcome = error
             except OSError as error:
@@ -84,22 +88,28 @@ class RunDirectory:
     def close(self) -> None:
         """Let another run have the directory."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
+    @property
+    def warning(self) -> str | None:
+        """What is not as safe here as it should be; known on rank 0."""
+        return self._lock.warning if self._lock else None
 
-def _choose(config: Config, config_name: str) -> RunDirectory:
+
+def _choose(config: Config, config_name: str, data: Data) -> RunDirectory:
     if config.run.directory is not None:
         path = _given_path("run.directory", config.run.directory)
-        lock = _hold(path)
-        if lock is None:
-            raise ConfigError(
-                f"run.directory={str(path)!r} is in use by another run; wait for it or choose another one"
-            )
         try:
-            return _enter(path, lock, config)
+            lock = _hold(path)
+        except InUse as holder:
+            raise ConfigError(
+                f"run.directory={str(path)!r} is in use by {holder}; wait for it or choose another one"
+            ) from None
+        try:
+            return _enter(path, lock, config, data)
         except BaseException:
-            lock.close()
+            lock.release()
             raise
     stem = re.sub(r"[^\w.\-]+", "_", config_name) or "run"
     number = 0
@@ -108,12 +118,13 @@ def _choose(config: Config, config_name: str) -> RunDirectory:
         path = RUNS / (stem if number == 1 else f"{stem}-{number}")
         if os.path.lexists(path) and not path.is_dir():
             continue
-        lock = _hold(path)
-        if lock is None:
+        try:
+            lock = _hold(path)
+        except InUse:
             continue
-        if _is_free(path, config):
-            return _enter(path, lock, config)
-        lock.close()
+        if _is_free(path, config, data):
+            return _enter(path, lock, config, data)
+        lock.release()
 
 
 def _given_path(key: str, given: str) -> Path:
@@ -126,50 +137,41 @@ def _given_path(key: str, given: str) -> Path:
     return path
 
 
-def _hold(path: Path) -> IO[bytes] | None:
-    """Create the directory and lock it; None if another process holds it. The lock ends with its holder."""
+def _hold(path: Path) -> Lock:
+    """Create the directory and lock it; ``InUse`` if another process holds it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / LOCK, "ab")  # noqa: SIM115 (kept open: closing it releases the lock)
+        return hold(path)
     except (OSError, ValueError) as error:
         raise _unusable(path, error) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        return None
-    except OSError as error:
-        lock.close()
-        raise _unusable(path, error) from error
-    return lock
 
 
-def _is_free(path: Path, config: Config) -> bool:
+def _is_free(path: Path, config: Config, data: Data) -> bool:
     """Nothing would be lost: no run has made a step here, or an unfinished one of this config goes on."""
     if not _has_history(path):
         return True
     former = _former_config(path)
     return (
         former is not None
-        and first_difference(former, config) is None
+        and first_difference(former, config, *_compared(path, config, data)) is None
         and not _finished(path)
         and config.ckpt.auto_resume
         and bool(complete_steps(_checkpoints(path, config)))
     )
 
 
-def _enter(path: Path, lock: IO[bytes], config: Config) -> RunDirectory:
+def _enter(path: Path, lock: Lock, config: Config, data: Data) -> RunDirectory:
     checkpoints = _checkpoints(path, config)
     saved = bool(complete_steps(checkpoints))
     if saved or _has_history(path):
-        _require_same_run(path, config)
-        _require_same_run(checkpoints, config)
+        _require_same_run(path, config, *_compared(path, config, data))
+        _require_same_run(checkpoints, config, *_compared(path, config, data))
     if saved and not config.ckpt.auto_resume:
         raise ConfigError(
             f"ckpt.auto_resume=false, but {str(checkpoints)!r} holds checkpoints of a former run; set "
             "ckpt.auto_resume to true to continue it, or choose another run.directory"
         )
-    run = RunDirectory(path, checkpoints, saved, lock)
+    run = RunDirectory(path, checkpoints, saved, _former_config(path) if saved else None, lock)
     run.write(CONFIG, dump_config(config))
     if config.ckpt.enable_save_ckpt and checkpoints.parent != path:  # say whose they are there too
         checkpoints.mkdir(parents=True, exist_ok=True)
@@ -178,30 +180,68 @@ def _enter(path: Path, lock: IO[bytes], config: Config) -> RunDirectory:
     return run
 
 
-def _require_same_run(path: Path, config: Config) -> None:
+def _require_same_run(path: Path, config: Config, former_data: Data | None, data: Data | None) -> None:
     former = _former_config(path)
-    difference = former and first_difference(former, config)
-    if difference:
-        key, there, here = difference
-        raise ConfigError(
-            f"{str(path)!r} holds a run with {key}={there!r}, and this config has {key}={here!r}; set {key} "
-            f"to {there!r} to continue it, or choose another run.directory (ckpt.save_ckpt_folder)"
-        )
-
-
-def first_difference(former: Config, config: Config) -> tuple[str, Any, Any] | None:
-    """The first key that makes two configs different runs, with both values; None for the same run."""
-    values = dict(_of_the_numbers(former))
-    return next(
-        ((key, values[key], value) for key, value in _of_the_numbers(config) if values[key] != value), None
+    difference = former and first_difference(former, config, former_data, data)
+    if not difference:
+        return
+    key, there, here = difference
+    if key == DATA:
+        raise changed_data(str(path), there, here)
+    raise ConfigError(
+        f"{str(path)!r} holds a run with {key}={there!r}, and this config has {key}={here!r}; set {key} "
+        f"to {there!r} to continue it, or choose another run.directory (ckpt.save_ckpt_folder)"
     )
 
 
-def _of_the_numbers(config: Config) -> Iterator[tuple[str, Any]]:
+DATA = "the training data"
+
+
+def changed_data(whose: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> ConfigError:
+    """Of a run whose data is another than it was."""
+    return ConfigError(
+        f"{whose!r} was trained on other data so far: {described(there)}, and now it is {described(here)}. "
+        f"Give it what it had (of the dummy data, data.num_samples={there['samples']}), choose another "
+        "run.directory, or set ckpt.allow_changed_data to true: its steps then go on in the other data"
+    )
+
+
+def _compared(path: Path, config: Config, data: Data) -> tuple[Data | None, Data | None]:
+    """What the data was and what it is; where a change is allowed, as if nothing had changed."""
+    return (data, data) if config.ckpt.allow_changed_data else (_former_data(path), data)
+
+
+def first_difference(
+    former: Config, config: Config, former_data: Data | None = None, data: Data | None = None
+) -> tuple[str, Any, Any] | None:
+    """The first key that makes two configs different runs, with both values; None for the same run.
+
+    Where both runs say what their training data is, that is compared and not what it is called.
+    """
+    known = bool(former_data and data)
+    values = dict(_of_the_numbers(former, known))
+    for key, value in _of_the_numbers(config, known):
+        if values[key] != value:
+            return key, values[key], value
+    if known and former_data["train"] != data["train"]:
+        return DATA, former_data["train"], data["train"]
+    return None
+
+
+def _of_the_numbers(config: Config, data_known: bool) -> Iterator[tuple[str, Any]]:
     """The keys that belong to the numbers, which a run keeps, and their values."""
     for entry in walk(config):
-        if entry.section is None and not entry.key.same_run:
+        judged_by_content = entry.key.of_the_data and data_known
+        if entry.section is None and not entry.key.same_run and not judged_by_content:
             yield entry.path, entry.value
+
+
+def _former_data(path: Path) -> Data | None:
+    """What the run that was here trained on; None where it does not say."""
+    try:
+        return json.loads((path / ENVIRONMENT).read_text(encoding="utf-8")).get("data")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _former_config(path: Path) -> Config | None:

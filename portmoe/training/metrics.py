@@ -1,5 +1,6 @@
 """What one step measured: summed on the device, brought to the host once, combined over the ranks."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -71,6 +72,8 @@ class StepMetrics:
             (2, types, types, types, experts, experts)
         )
         loss, aux_loss = (scalars / micro_batches).tolist()
+        if not tokens.any():
+            loss = math.nan  # a mean of nothing, and 0 by its arithmetic only
         return StepTotals(
             loss=loss,
             aux_loss=aux_loss,

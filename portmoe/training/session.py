@@ -27,7 +27,7 @@ from portmoe.parallel.stages import describe
 from portmoe.planning.memory_check import require_memory
 from portmoe.profiling.spans import marked_operations
 from portmoe.record import provenance
-from portmoe.record.run_directory import RunDirectory
+from portmoe.record.run_directory import ENVIRONMENT, Data, RunDirectory
 from portmoe.record.writers import Writers
 from portmoe.training.engine import Engine
 from portmoe.training.engines import build_engine
@@ -65,6 +65,7 @@ class Session:
     config: Config
     config_name: str
     machine: Machine
+    data: Data
     run: RunDirectory
     ops: OpTable
     world: dist.ProcessGroup
@@ -95,7 +96,7 @@ def open_session(
     """
     ranks = detect(launcher)
     layout = Layout.plan(config, ranks.world_size)
-    check_data(config, layout.data, layout.micro_num)
+    data = check_data(config, layout.data, layout.micro_num)
     accelerator = get_accelerator(backend)
     accelerator.device.set_deterministic(config.cudnn_deterministic)
     accelerator.memory.keep_freed()
@@ -109,7 +110,8 @@ def open_session(
             stack.callback(roll_calls[0].close)
         require_memory(config, layout, accelerator, ranks)
         with ExitStack() as held:
-            yield _opened(config, config_name, Machine(accelerator, ranks, layout, device), profile, held)
+            machine = Machine(accelerator, ranks, layout, device)
+            yield _opened(config, config_name, data, machine, profile, held)
         for roll_call in roll_calls:
             roll_call.close()
         # Until all have closed what they write: rank 0 may hold the store, and who started the ranks may
@@ -117,14 +119,18 @@ def open_session(
         dist.barrier()
 
 
-def _opened(config: Config, config_name: str, machine: Machine, profile: bool, stack: ExitStack) -> Session:
+def _opened(
+    config: Config, config_name: str, data: Data, machine: Machine, profile: bool, stack: ExitStack
+) -> Session:
     """The session on a device that is open; what must be closed goes on ``stack``."""
     accelerator, ranks, layout, device = machine.accelerator, machine.ranks, machine.layout, machine.device
     accelerator.device.seed(config.run.seed)
-    run = RunDirectory.open(config, config_name, ranks.rank, _broadcast)
+    run = RunDirectory.open(config, config_name, data, ranks.rank, _broadcast)
     stack.callback(run.close)
     interrupt = stack.enter_context(Interrupt())
     notes = no_effect_notes(config)
+    if run.warning:
+        notes.append(f"WARNING: {run.warning}")
     if layout.pipeline > 1:
         notes.append(f"pipeline: {describe(config, layout)}")
     ops = choose_operations(config, layout, accelerator, device, ranks.rank, _broadcast, notes.append)
@@ -136,8 +142,8 @@ def _opened(config: Config, config_name: str, machine: Machine, profile: bool, s
     engine = build_engine(config, layout, ops, meshes, device, world, accelerator.memory.pool)
     checkpointer = Checkpointer(run.checkpoints, config.ckpt.keep, config.ckpt.async_upload, writing)
     stack.callback(checkpointer.close)
-    progress = starting_point(run, config, layout, engine, checkpointer, writing, notes.append)
-    run.write_json("environment.json", provenance.describe(accelerator, layout.world))
+    progress = starting_point(run, config, data, layout, engine, checkpointer, writing, notes.append)
+    run.write_json(ENVIRONMENT, {**provenance.describe(accelerator, layout.world), "data": data})
     run.write_json("ops.json", ops.record())
     writers = Writers(
         run.path,
@@ -162,6 +168,7 @@ def _opened(config: Config, config_name: str, machine: Machine, profile: bool, s
         config=config,
         config_name=config_name,
         machine=machine,
+        data=data,
         run=run,
         ops=ops,
         world=world,

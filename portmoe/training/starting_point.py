@@ -3,15 +3,18 @@
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
-from portmoe.checkpoint.store import Checkpointer, read
+from portmoe.checkpoint.store import Checkpointer, folder_of, read
 from portmoe.config import Config
+from portmoe.data.fingerprint import described
 from portmoe.errors import ConfigError
 from portmoe.parallel.layout import Layout
-from portmoe.record.run_directory import RunDirectory
+from portmoe.record.run_directory import Data, RunDirectory, changed_data
 from portmoe.training.engine import Engine
+from portmoe.training.schedule import learning_rate
 
 
 @dataclass
@@ -26,6 +29,7 @@ class Progress:
 def starting_point(
     run: RunDirectory,
     config: Config,
+    data: Data,
     layout: Layout,
     engine: Engine,
     checkpointer: Checkpointer,
@@ -35,6 +39,7 @@ def starting_point(
     """Put the engine into the state the run begins in. Collective.
 
     Args:
+        data: what the run trains on, see ``data.fingerprint``.
         group: a CPU group of all ranks, to read with.
         log: receives a line about anything but a plain start.
 
@@ -48,21 +53,26 @@ def starting_point(
         for problem in checkpointer.problems():
             log(f"WARNING: {problem}")
         if found is not None:
-            _, state = found
+            step, state = found
+            here = _Here(config, data["train"], layout, log)
+            progress = here.continued(folder_of(checkpointer.folder, step), state)
             engine.take(tensors)
             engine.load_state(state["engine"])
-            return _continued(state["progress"], layout)
+            if run.former:
+                _tell_other_rates(run.former, config, progress.step, log)
+            return progress
     source = config.ckpt.load_ckpt_info
     if source is None or source.path is None:
         return Progress(global_batch=layout.global_batch_sequences)
     log(f"starting from {', '.join(source.content)} of {source.path}")
-    return _from_other_run(Path(source.path), source.content, layout, engine, group)
+    here = _Here(config, data["train"], layout, log)
+    return _from_other_run(Path(source.path), source.content, here, engine, group)
 
 
 def _from_other_run(
     checkpoint: Path,
     content: Collection[str],
-    layout: Layout,
+    here: "_Here",
     engine: Engine,
     group: dist.ProcessGroup,
 ) -> Progress:
@@ -78,17 +88,46 @@ def _from_other_run(
     if everything or "optimizer" in content:
         engine.load_state(state["engine"])
     if everything or {"sampler", "scheduler"} & set(content):
-        return _continued(state["progress"], layout)
-    return Progress(global_batch=layout.global_batch_sequences)
+        return here.continued(checkpoint, state)
+    return Progress(global_batch=here.layout.global_batch_sequences)
 
 
-def _continued(saved: Mapping[str, int], layout: Layout) -> Progress:
-    """The progress saved, where a step still means the same place in the data."""
-    progress, here = Progress(**saved), layout.global_batch_sequences
-    if progress.global_batch != here:
-        raise ConfigError(
-            f"the checkpoint was made with a global batch of {progress.global_batch} sequences, and this run "
-            f"has {here} = data.micro_bsz · micro_num · data-parallel size; set data.global_batch_size to "
-            f"{progress.global_batch}, or choose another run.directory"
+@dataclass(frozen=True)
+class _Here:
+    """What a step's place in the data depends on."""
+
+    config: Config
+    data: Mapping[str, Any]
+    layout: Layout
+    log: Callable[[str], None]
+
+    def continued(self, checkpoint: Path, state: Mapping[str, Any]) -> Progress:
+        """The progress saved, where a step still means the same place in the same data."""
+        progress, here = Progress(**state["progress"]), self.layout.global_batch_sequences
+        if progress.global_batch != here:
+            raise ConfigError(
+                f"the checkpoint was made with a global batch of {progress.global_batch} sequences, and this "
+                f"run has {here} = data.micro_bsz · micro_num · data-parallel size; set "
+                f"data.global_batch_size to {progress.global_batch}, or choose another run.directory"
+            )
+        former = state.get("data")  # older checkpoints do not say
+        if former and former != self.data:
+            if not self.config.ckpt.allow_changed_data:
+                raise changed_data(str(checkpoint), former, self.data)
+            self.log(
+                f"the data changed at step {progress.step}: {described(former)} before, "
+                f"{described(self.data)} from there on (ckpt.allow_changed_data)"
+            )
+        return progress
+
+
+def _tell_other_rates(former: Config, config: Config, step: int, log: Callable[[str], None]) -> None:
+    """A schedule that is another from here on is allowed, and said: the rate may jump."""
+    before, now = learning_rate(former, step), learning_rate(config, step)
+    if before != now:
+        total = former.lr_scheduler.total_steps or former.data.total_steps
+        log(
+            f"the learning rate of step {step} is {now:.4g}, and was to be {before:.4g}: its schedule has "
+            f"{config.lr_scheduler.total_steps or config.data.total_steps} steps; set "
+            f"lr_scheduler.total_steps to {total} to keep the former one"
         )
-    return progress

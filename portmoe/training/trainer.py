@@ -9,11 +9,12 @@ from typing import Any
 from portmoe.config.sections.data import parse_step_ranges
 from portmoe.profiling.profile import StepProfile
 from portmoe.profiling.spans import WAITING, span
-from portmoe.record.log_line import StepResult, StepTotals, perplexity, step_record
+from portmoe.record.log_line import StepResult, StepTotals, step_record
 from portmoe.record.throughput import Throughput
 from portmoe.training.divergence import Divergence
 from portmoe.training.engine import StepOutcome
 from portmoe.training.session import Session
+from portmoe.training.validation import validate
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Trainer:
         self._passed_over = parse_step_ranges(self._config.data.skip_batches)
         self._saved_at = self.progress.step if self.progress.step else None
         self._divergence = Divergence(self._config)
+        self._validated_to = self.progress.step  # the validations due before this step are made
 
     def fit(self, throughput: Throughput) -> Ending:
         """Train until ``data.total_steps``, until a rank is asked to stop, or until the run has diverged.
@@ -66,6 +68,11 @@ class Trainer:
                 self._save()
         if self._divergence.sound:
             self._save()
+        if not stop and (
+            figures := self._validate(self.progress.step - 1)
+        ):  # the last steps were passed over
+            shown = " ".join(f"{name}={value:.6g}" for name, value in figures.items())
+            self._session.writers.note(f"validation after step {self.progress.step - 1}: {shown}")
         if self._checkpointer:
             self._checkpointer.wait()
             self._tell_problems()
@@ -125,17 +132,14 @@ class Trainer:
         )
 
     def _validate(self, step: int) -> Mapping[str, float] | None:
-        """The figures of a validation after ``step``, where one is due."""
-        if self._session.valid is None or (step + 1) % self._config.data.valid_every:
+        """The figures of a validation after ``step``, where one is due or was due at a step passed over."""
+        if self._session.valid is None:
             return None
-        metrics = self._engine.evaluate(self._session.valid.batches(0))
-        totals = metrics.reduce(False, self._session.world, self._layout)
-        labels = max(sum(totals.tokens), 1)
-        return {
-            "valid_loss": totals.loss,
-            "valid_acc": sum(totals.correct) / labels,
-            "valid_perplexity": perplexity(sum(totals.loss_sums) / labels),
-        }
+        every = self._config.data.valid_every
+        if not any((done + 1) % every == 0 for done in range(self._validated_to, step + 1)):
+            return None
+        self._validated_to = step + 1
+        return validate(self._engine, self._session.valid, self._layout, self._session.world)
 
     def _save(self) -> None:
         """Save what is not saved yet, unless it is worth less than what is."""
@@ -147,6 +151,7 @@ class Trainer:
             )
             return
         state: dict[str, Any] = {"progress": asdict(self.progress), "engine": self._engine.state()}
+        state["data"] = self._session.data["train"]
         self._checkpointer.save(self.progress.step, self._engine.tensors(), state)
         self._saved_at = self.progress.step
         self._tell_problems()

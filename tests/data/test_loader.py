@@ -14,7 +14,7 @@ import torch
 
 from portmoe.config import Config
 from portmoe.data import check_data, open_data
-from portmoe.data.loader import DataStream
+from portmoe.data.packs import open_packs
 from portmoe.errors import ConfigError
 
 VOCAB = 600
@@ -112,17 +112,27 @@ def test_the_seed_decides_the_order():
     assert steps(config(seed=1), 1) != steps(config(seed=2), 1)
 
 
-def test_validation_takes_packs_in_order():
-    run = config(valid_micro_num=2, train_folder="not/opened")
-    with open_data(run, rank=0, size=2, micro_num=7, split="valid") as stream:
-        zero = content(stream.batches(0))
-        assert stream.steps_per_epoch == 5
-        assert content(stream.batches(5))[0][1:] == zero[0][1:]
-    with open_data(run, rank=1, size=2, micro_num=7, split="valid") as stream:
-        one = content(stream.batches(0))
-    assert [batch[0] for batch in zero + one] == [0, 2, 1, 3]
-    with DataStream(run, rank=0, size=1, micro_num=7, split="valid") as stream:
-        assert sorted(zero + one) == content(stream.batches(0) + stream.batches(1))
+@pytest.mark.parametrize(("size", "micro_num"), [(1, 1), (1, 5), (2, 2), (4, 3)])
+def test_validation_takes_every_pack_once_in_order_and_fills_up_without_labels(size, micro_num):
+    run = config(valid_micro_num=micro_num, train_folder="not/opened", num_samples=11)
+    whole = open_packs(run, 1, 1, "valid")
+    taken = {}
+    passes = []
+    for rank in range(size):
+        with open_data(run, rank=rank, size=size, micro_num=7, split="valid") as stream:
+            passes.append(list(stream.passes()))
+    assert {len(one) for one in passes} == {-(-len(whole) // (size * micro_num))}
+    for of_rank in passes:
+        for batches in of_rank:
+            assert len(batches) == micro_num
+            for batch in batches:
+                if batch.index < len(whole):
+                    taken[batch.index] = batch
+                else:
+                    assert (batch.labels_T == -100).all()
+    assert sorted(taken) == list(range(len(whole)))
+    for index, batch in taken.items():
+        assert batch.tokens_T.tolist() == whole.pack(index).tokens_T.tolist()
 
 
 def test_the_dummy_data_grows_with_the_ranks_unless_set():
@@ -197,7 +207,6 @@ def test_the_fewest_samples_of_free_length_do_and_one_less_does_not():
         ({"train_folder": "no/such/folder"}, 1, "data.train_folder='no/such/folder' does not exist"),
         ({"valid_folder": "no/such/folder", "valid_every": 5}, 1, "data.valid_folder='no/such/folder'"),
         ({"valid_micro_num": 0, "valid_every": 5}, 1, "data.valid_micro_num=0 leaves nothing"),
-        ({"valid_micro_num": 99, "valid_every": 5}, 1, "data.num_samples=40 is too small; set .* to 198 or"),
     ],
 )
 def test_configs_refused_at_once(data, micro_num, said):

@@ -59,11 +59,6 @@ def test_a_step_holds_the_same_packs_however_they_are_divided(step):
     assert divided[0] == divided[1] == divided[2]
 
 
-def test_without_a_seed_packs_come_in_order_again_and_again():
-    sampler = PackSampler(5, micro_num=1, rank=1, size=2, seed=None)
-    assert [sampler.step(n) for n in range(4)] == [[1], [3], [1], [3]]
-
-
 def test_too_few_packs_for_a_step_are_refused():
     with pytest.raises(ValueError, match="3 packs do not fill one step of 2 · 2"):
         PackSampler(3, micro_num=2, rank=0, size=2, seed=0)

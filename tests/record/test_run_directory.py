@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -19,8 +20,14 @@ def config(**sections):
     return Config.model_validate(sections)
 
 
-def open_run(configuration, name="tiny"):
-    return RunDirectory.open(configuration, name, 0, lambda outcome: outcome)
+DATA = {"train": {"samples": 100, "tokens": 6400, "packs": 50, "sha256": "0123456789"}}
+GROWN = {"train": {"samples": 120, "tokens": 7400, "packs": 57, "sha256": "abcdef0123"}}
+
+
+def open_run(configuration, name="tiny", data=DATA):
+    run = RunDirectory.open(configuration, name, data, 0, lambda outcome: outcome)
+    run.write_json("environment.json", {"data": data})
+    return run
 
 
 def make_step(run, step=0):
@@ -144,15 +151,15 @@ def test_unusable_directory_is_a_config_error(directory):
 
 def test_every_rank_gets_rank_0s_outcome():
     sent = []
-    run = RunDirectory.open(config(), "tiny", 0, lambda outcome: sent.append(outcome) or outcome)
-    other = RunDirectory.open(config(), "tiny", 1, lambda outcome: sent[0])
+    run = RunDirectory.open(config(), "tiny", DATA, 0, lambda outcome: sent.append(outcome) or outcome)
+    other = RunDirectory.open(config(), "tiny", DATA, 1, lambda outcome: sent[0])
     assert (other.path, other.checkpoints, other.resuming) == (run.path, run.checkpoints, run.resuming)
     other.write_json("ops.json", {"written": "by rank 1"})
     assert not (run.path / "ops.json").exists()
     run.close()
     failure = ConfigError("in use")
     with pytest.raises(ConfigError, match="in use"):
-        RunDirectory.open(config(), "tiny", 1, lambda outcome: failure)
+        RunDirectory.open(config(), "tiny", DATA, 1, lambda outcome: failure)
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -191,3 +198,42 @@ def test_what_makes_two_configs_one_run(section, change, same):
     assert (difference is None) == same
     if not same:
         assert difference[0] == f"{section}.{next(iter(change))}"
+
+
+def trained(configuration, data=DATA):
+    """A stopped run of this config that holds a checkpoint."""
+    run = open_run(configuration, data=data)
+    make_step(run)
+    make_checkpoint(run.checkpoints, 5)
+    run.close()
+    return run.path
+
+
+@pytest.mark.parametrize("key", [{"train_folder": "/y/ok"}, {"num_samples": 7}, {"min_length": 3}])
+def test_the_same_data_under_another_name_is_the_same_run(tmp_path, key):
+    here = {"directory": str(tmp_path / "run")}
+    trained(config(run=here, data={"train_folder": "/x/ok"}))
+    assert open_run(config(run=here, data={"train_folder": "/x/ok"} | key)).resuming
+
+
+def test_other_data_under_the_same_name_is_refused_unless_it_is_allowed(tmp_path):
+    here = {"directory": str(tmp_path / "run")}
+    trained(config(run=here))
+    with pytest.raises(ConfigError, match=r"100 samples.* now it is 120 samples.*num_samples=100.*allow_cha"):
+        open_run(config(run=here), data=GROWN)
+    assert open_run(config(run=here, ckpt={"allow_changed_data": True}), data=GROWN).resuming
+
+
+def test_other_data_gets_another_directory_where_none_is_given():
+    assert trained(config()) == Path("runs/tiny")
+    assert open_run(config(), data=GROWN).path == Path("runs/tiny-2")
+    allowed = open_run(config(ckpt={"allow_changed_data": True}), data=GROWN)
+    assert (allowed.path, allowed.resuming) == (Path("runs/tiny"), True)
+
+
+def test_where_the_data_is_not_known_its_keys_decide(tmp_path):
+    here = {"directory": str(tmp_path / "run")}
+    path = trained(config(run=here, data={"num_samples": 7}))
+    (path / "environment.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"data\.num_samples=7, and this config has data\.num_samples=8"):
+        open_run(config(run=here, data={"num_samples": 8}))

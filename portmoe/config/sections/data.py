@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from portmoe.config.keys import SAME_RUN, no_effect
+from portmoe.config.keys import OF_THE_DATA, SAME_RUN, no_effect
 from portmoe.config.section import LARGEST_SIZE, Count, NonNegative, Path, Positive, Section, Size
 
 
@@ -25,10 +25,11 @@ class DataConfig(Section):
     total_steps: Annotated[Positive, SAME_RUN] = 50
     skip_batches: str = ""  # steps passed over, as "3,10-12"
     rampup_batch_size: Literal[""] | None = ""
-    min_length: Count = 50  # shorter samples of a tokenized data set are left out
-    train_folder: Path | None = None  # null: the built-in dummy data
+    min_length: Annotated[Count, OF_THE_DATA] = 50  # shorter samples of a tokenized data set are left out
+    train_folder: Annotated[Path | None, OF_THE_DATA] = None  # null: the built-in dummy data
     valid_folder: Annotated[Path | None, SAME_RUN] = None
-    num_samples: Size | None = None  # of the dummy data; null: 500 · data-parallel size
+    # of the dummy data; null: 500 · data-parallel size, and 500 to validate with
+    num_samples: Annotated[Size | None, OF_THE_DATA] = None
     fixed_random_dataset_seqlen: bool = True
     empty_cache_and_diag_interval: Annotated[Count, no_effect("memory is not emptied between steps")] = 200
     diag_outlier_ratio: Annotated[NonNegative, no_effect("slow ranks are not diagnosed")] = 1.1

@@ -33,6 +33,7 @@ class CheckpointConfig(Section):
     load_ckpt_folder: Annotated[str | None, no_effect("use ckpt.load_ckpt_info.path")] = None
     load_ckpt_info: LoadCheckpointConfig | None = None
     auto_resume: bool = True
+    allow_changed_data: bool = False  # go on where the data is not what the run was trained on so far
     checkpoint_every: Positive = 50
     keep: Positive = 2  # only the newest `keep` checkpoints stay
     async_upload: bool = True  # write in the background while training goes on

@@ -2,15 +2,16 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from portmoe.config import Config
 from portmoe.config.read import load_config
+from portmoe.data.fingerprint import described
 from portmoe.errors import ConfigError
-from portmoe.record.run_directory import CONFIG, first_difference
+from portmoe.record.run_directory import CONFIG, DATA, first_difference
 from portmoe.record.writers import METRICS, read_metrics
 from portmoe.verify.runs.curves import (
     LAYER_NORM,
@@ -33,6 +34,7 @@ class Run:
     backend: str  # "unknown" where environment.json is missing
     ranks: int
     steps: list[dict[str, Any]]
+    data: Mapping[str, Any] | None = None  # what it was trained on; older runs do not say
 
     @property
     def name(self) -> str:
@@ -112,6 +114,7 @@ def read_run(path: Path) -> Run:
         environment.get("backend", "unknown"),
         environment.get("ranks", 1),
         steps,
+        environment.get("data"),
     )
 
 
@@ -121,7 +124,12 @@ def compare(first: Run, second: Run) -> Comparison:
     Raises:
         ConfigError: the configs differ in mathematics, or the runs have no step in common.
     """
-    difference = first_difference(first.config, second.config)
+    difference = first_difference(first.config, second.config, first.data, second.data)
+    if difference and difference[0] == DATA:
+        raise ConfigError(
+            f"the runs were trained on other data: {described(difference[1])} in {str(first.path)!r} and "
+            f"{described(difference[2])} in {str(second.path)!r}; compare runs of one config on the same data"
+        )
     if difference:
         key, here, there = difference
         raise ConfigError(

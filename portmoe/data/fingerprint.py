@@ -1,0 +1,36 @@
+"""What data is, whatever it is called and wherever it lies: counts, and a hash of its packs."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from portmoe.data.packing import PackSequence
+
+READ = 16  # packs that are read: enough to tell other tokens of the same lengths
+
+
+def fingerprint(packs: PackSequence) -> dict[str, Any]:
+    """Return the counts of samples, tokens and packs, and a hash of every sample's length and of some packs.
+
+    Equal for data whose packs are equal, JSON-ready. Reads the lengths and 16 packs spread over the data.
+    """
+    digest = hashlib.sha256()
+    for packing in packs.packings:
+        digest.update(np.ascontiguousarray(packing.ends).data)
+    for index in sorted({len(packs) * i // READ for i in range(READ)}):
+        pack = packs.pack(index)
+        for array in (pack.tokens_T, pack.labelled_T, pack.types_T):
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return {
+        "samples": sum(len(packing.ends) for packing in packs.packings),
+        "tokens": packs.num_tokens,
+        "packs": len(packs),
+        "sha256": digest.hexdigest()[:32],
+    }
+
+
+def described(data: Mapping[str, Any]) -> str:
+    """A fingerprint in words."""
+    return f"{data['samples']:,} samples, {data['tokens']:,} tokens ({data['sha256'][:8]})"
