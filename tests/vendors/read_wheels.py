@@ -19,7 +19,7 @@ import json
 import re
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 SIGNATURES = Path(__file__).with_name("signatures.json")
@@ -59,6 +59,9 @@ FUNCTIONS = {
     "npu_swiglu_backward",
 }
 
+# Of a device's module: the folder its functions are defined in.
+DEVICES = {PLUGIN: "torch_npu/npu/", "intel-extension-for-pytorch": "intel_extension_for_pytorch/xpu/"}
+
 # Per Python package: where a function or a class is defined, by the name it is called by.
 PYTHON = {
     "liger-kernel": {
@@ -87,7 +90,6 @@ PYTHON = {
             "TutelMoeFastDispatcher.decode",
         ),
     },
-    # Imported for its effect; of its device part the first column would be torch.xpu's own.
     "intel-extension-for-pytorch": {
         "intel_extension_for_pytorch.optimize": (
             "intel_extension_for_pytorch/frontend.py",
@@ -112,7 +114,8 @@ def defined(source: str, name: str) -> str:
     *classes, function = name.split(".")
     for part in classes:
         body = next(node.body for node in body if isinstance(node, ast.ClassDef) and node.name == part)
-    (node,) = (node for node in body if isinstance(node, ast.FunctionDef) and node.name == function)
+    # Of two definitions of one name, the later one counts.
+    *_, node = (node for node in body if isinstance(node, ast.FunctionDef) and node.name == function)
     arguments = node.args
     for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs):
         argument.annotation = None
@@ -122,6 +125,15 @@ def defined(source: str, name: str) -> str:
     arguments.defaults = [_constant(value) for value in arguments.defaults]
     arguments.kw_defaults = [value and _constant(value) for value in arguments.kw_defaults]
     return f"({ast.unparse(arguments)})"
+
+
+def all_defined(sources: Iterable[str]) -> dict[str, str]:
+    """The public functions at the top of these modules, by name, and what they take."""
+    found = {}
+    for source in sources:
+        names = [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+        found |= {name: defined(source, name) for name in names if not name.startswith("_")}
+    return found
 
 
 def _constant(value: ast.expr) -> ast.expr:
@@ -148,8 +160,12 @@ def read(folder: Path) -> dict[str, dict[str, dict]]:
                     called: defined(archive.read(path).decode(), name)
                     for called, (path, name) in PYTHON[package].items()
                 }
+            files = [name for name in archive.namelist() if _is_of_device(package, name)]
+            device = all_defined(archive.read(name).decode() for name in sorted(files))
         sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
         packages[package][release] = {"file": wheel.name, "sha256": sha256, "functions": functions}
+        if device:
+            packages[package][release]["device"] = device
     for source in sorted(path for path in folder.iterdir() if path.is_dir()):
         package, _, commit = source.name.partition("-")
         if package in PYTHON and commit:
@@ -159,6 +175,11 @@ def read(folder: Path) -> dict[str, dict[str, dict]]:
             }
             packages[package][commit] = {"file": source.name, "functions": functions}
     return packages
+
+
+def _is_of_device(package: str, file: str) -> bool:
+    folder = DEVICES.get(package)
+    return folder is not None and re.fullmatch(rf"{folder}\w+\.py", file) is not None
 
 
 if __name__ == "__main__":

@@ -120,6 +120,56 @@ def test_every_function_called_has_a_stand_in():
     assert {*signatures.CALLS} <= {*STAND_INS}
 
 
+NPU_MODULE = OPERATIONS.parent / "npu.py"
+# How the device's module is asked for: by the backends, and by the interface that serves all of them.
+MODULE = re.compile(r"(?:npu\(\)|torch\.get_device_module\(.*?\))\.(\w+)")
+PORTMOE = BACKENDS.parent / "portmoe"
+
+
+def device_calls(backend: str):
+    """Calls of functions of the device's own module."""
+    sources = [*(BACKENDS / backend).glob("*.py"), *PORTMOE.rglob("*.py")]
+    for call in calls(sources):
+        asked = MODULE.fullmatch(call.function)
+        if asked:
+            yield asked[1], call
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_calls_of_the_devices_module_bind_to_the_wheels_python(release):
+    device = RELEASES[release]["device"]
+    seen = {name: bind(device[name], call) for name, call in device_calls("npu")}
+    assert set(seen.values()) == {None}
+    assert {"set_device", "mem_get_info", "max_memory_allocated", "manual_seed_all", "get_rng_state"} <= {
+        *seen
+    }
+
+
+def test_the_simulated_module_takes_what_the_wheels_does():
+    device = RELEASES["2.13.0"]["device"]
+    mine = {
+        node.name: f"({ast.unparse(node.args)})"
+        for node in ast.parse(NPU_MODULE.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    }
+    assert {name: taken for name, taken in mine.items() if name in device} == {
+        name: device[name] for name in mine if name in device
+    }
+    # A class there; and what torch asks of a device's module, whoever defines it.
+    assert {name for name in mine if name not in device} <= {"device", "get_amp_supported_dtype"}
+
+
+def test_what_is_asked_of_intels_devices_is_upstream():
+    """Of the extension's device functions none is needed that torch.xpu does not have itself."""
+    (read,) = SIGNATURES["intel-extension-for-pytorch"].values()
+    asked = {name for name, _ in device_calls("xpu")}
+    assert asked
+    assert all(hasattr(torch.xpu, name) for name in asked)
+    of_its_own = {name for name in read["device"] if not hasattr(torch.xpu, name)}
+    assert not asked & of_its_own
+    assert {"memory_allocated", "set_device", "get_rng_state"}.isdisjoint(of_its_own)
+
+
 PYTHON = {package: read for package, read in SIGNATURES.items() if package != "torch_npu"}
 CALLERS = {
     "tutel": ("tutel.moe.", BACKENDS / "cuda" / "tutel.py"),

@@ -44,12 +44,12 @@ def synchronize(device=None):
     torch.accelerator.synchronize(_index(device))
 
 
-def get_device_name(device=None):
+def get_device_name(device_name=None):
     model = {"A2": "NPU", "A3": "Ascend910_9392"}[faults.npu_product()]
     return f"Simulated {model} (host memory and host kernels)"
 
 
-def is_bf16_supported():
+def is_bf16_supported(including_emulation=False):
     return True
 
 
@@ -81,12 +81,12 @@ def current_stream(device=None):
 
 
 @contextmanager
-def stream(chosen):
-    if chosen is None:
+def stream(stream):
+    if stream is None:
         yield
         return
     before = current_stream()
-    torch.accelerator.set_stream(chosen)
+    torch.accelerator.set_stream(stream)
     try:
         yield
     finally:
@@ -101,12 +101,12 @@ def manual_seed(seed):
 manual_seed_all = manual_seed
 
 
-def get_rng_state(device=None):
+def get_rng_state(device="npu"):
     return torch.default_generator.get_state()
 
 
-def set_rng_state(state, device=None):
-    torch.default_generator.set_state(state)
+def set_rng_state(new_state, device="npu"):
+    torch.default_generator.set_state(new_state)
 
 
 def memory_allocated(device=None):
