@@ -8,6 +8,7 @@ import torch
 from portmoe.accelerator import Device, Probe, Problem
 from portmoe.accelerator.probing import describe
 from portmoe.backends.npu.probe import INSTALL_DRIVER, explain_failed_import, software
+from portmoe.backends.npu.product import product_named
 
 
 def npu() -> ModuleType:
@@ -38,6 +39,8 @@ class NpuDevice(Device):
             probe.fail(cause.summary, cause.fix)
         else:
             super().find_devices(probe)
+            if probe.usable:
+                probe.facts["product"] = product_named(self.name()) or "unknown, and no function is excluded"
 
     def open(self, local_rank: int) -> torch.device:
         npu().set_device(local_rank)

@@ -18,6 +18,7 @@ MOST_CHOICES = 512
 LARGEST_INDEX = 16_777_215  # rows that npu_moe_token_permute can sort
 MOST_GROUPS = 1024
 INNER = 65536  # the last dimension of a grouped product's factors is smaller
+FEWEST_CLASSES = 128  # of one rank's part of the vocabulary
 ALL_TYPES = (2, 13)  # the release from which the pages of the permutation know more types than bfloat16
 
 Reason = str | None
@@ -86,4 +87,12 @@ def grouped(workload: Workload) -> Reason:
     widest = max(workload.hidden, workload.ffn_width)
     if widest >= INNER:
         return f"a matrix is {widest} wide, and must be below {INNER}"
+    return None
+
+
+def cut_vocabulary(workload: Workload) -> Reason:
+    if workload.dtype == torch.float32:
+        return "its factors are float16 or bfloat16"
+    if workload.vocab < FEWEST_CLASSES:
+        return f"there are {workload.vocab} classes, fewer than {FEWEST_CLASSES}"
     return None

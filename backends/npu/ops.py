@@ -6,10 +6,11 @@ from typing import Any
 import torch
 
 from portmoe.accelerator import Operations
-from portmoe.backends.npu import attention, fused, grouped_matmul, limits, permutation
+from portmoe.backends.npu import attention, cross_entropy, fused, grouped_matmul, limits, permutation
 from portmoe.backends.npu.product import excluded
 from portmoe.backends.npu.signatures import missing
 from portmoe.backends.torch import ops as torch_ops
+from portmoe.ops.cross_entropy import CUT_VOCABULARY
 from portmoe.ops.operation import Implementation
 from portmoe.ops.workload import Workload
 
@@ -25,10 +26,10 @@ FLASH, REARRANGE, GATING = (
 
 
 class NpuOperations(Operations):
-    """The plug-in's fused functions, then torch's own fast paths."""
+    """The plug-in's fused functions, torch's own fast paths, then what is to be measured first."""
 
     def implementations(self) -> Sequence[Implementation]:
-        return [*FUSED, *UNUSED, *(i for i in torch_ops.ALL if i not in LACKING)]
+        return [*FUSED, *UNUSED, *(i for i in torch_ops.ALL if i not in LACKING), *LAST]
 
 
 def _fused(
@@ -38,6 +39,7 @@ def _fused(
     supports: Callable[[Workload], str | None] = limits.none,
     requested_by: str | None = None,
     with_: tuple[str, ...] = (),
+    handles: tuple[str, ...] = (),
 ) -> Implementation:
     """An implementation by the vendor's function ``name``, which needs those ``with_`` it too."""
 
@@ -50,7 +52,7 @@ def _fused(
                 return reason
         return supports(workload)
 
-    return Implementation(op, name, function, why_not, requested_by)
+    return Implementation(op, name, function, why_not, requested_by, handles)
 
 
 def _unused(op: str, name: str, reason: str, requested_by: str | None = None) -> Implementation:
@@ -109,5 +111,17 @@ UNUSED = (
         "npu_moe_token_unpermute_with_routing_map",
         "it reads the rows npu_moe_token_permute_with_routing_map leaves, which are in another order",
         REARRANGE,
+    ),
+)
+
+# Never run on a device, and its page names no product: with ops.select: measure, or where "chunked" is off.
+LAST = (
+    _fused(
+        "cross_entropy",
+        "npu_fused_linear_online_max_sum",
+        cross_entropy.cross_entropy,
+        limits.cut_vocabulary,
+        with_=("npu_fused_linear_cross_entropy_loss_with_max_sum_backward",),
+        handles=(CUT_VOCABULARY,),
     ),
 )

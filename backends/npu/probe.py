@@ -24,7 +24,11 @@ CANN_OF: dict[tuple[int, ...], tuple[int, ...] | None] = {
 LATEST_CANN = (9, 1)  # what the guide in the wheel of 2.14 has one install
 
 # Functions called here that these releases do not register as they are called, or not at all.
-LACKING: dict[tuple[int, int], tuple[str, ...]] = {}
+_MAX_SUM = (
+    "npu_fused_linear_online_max_sum",
+    "npu_fused_linear_cross_entropy_loss_with_max_sum_backward",
+)
+LACKING: dict[tuple[int, ...], tuple[str, ...]] = {(2, 11): _MAX_SUM, (2, 12): _MAX_SUM}
 
 BOTH_ALLOCATORS = (2, 13)  # the release that knows torch's variable of the allocator, and refuses both
 NO_SILENT_FALLBACK = (2, 13)  # the release that can be told not to compute on the CPU

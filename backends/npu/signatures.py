@@ -49,6 +49,12 @@ CALLS = {
         ("x", "weight"), ("group_list", "split_item", "group_type", "group_list_type")
     ),
     "npu_grouped_matmul_add_": Call(("input", "x", "weight", "group_list")),
+    "npu_fused_linear_online_max_sum": Call(
+        ("input", "weight", "target", "vocab_start_index", "vocab_end_index"), ("return_logits",)
+    ),
+    "npu_fused_linear_cross_entropy_loss_with_max_sum_backward": Call(
+        ("grad", "input", "weight", "target_mask", "masked_target"), ("logits_max", "sum_exp_logits")
+    ),
     "npu_apply_adam_w": Call((*_ADAMW, "grad", "max_grad_norm", "amsgrad", "maximize"), ("out",)),
 }
 

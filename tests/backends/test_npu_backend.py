@@ -13,6 +13,7 @@ import torch
 from portmoe.accelerator import discovery
 from portmoe.accelerator.preflight import preflight_of
 from portmoe.backends.npu import device, memory, probe
+from portmoe.backends.npu.product import product_named
 
 
 @pytest.fixture
@@ -78,6 +79,7 @@ def test_a_torch_without_a_plug_in_release_is_told_which_pair_to_install(stack):
             "made for CANN 9.1, and 8.5.0 is active",
         ),
         ({"torch_version": "2.12.0", "plugin": "2.12.0"}, "FALLBACK_CPU_DISABLE is unknown to it"),
+        ({"torch_version": "2.11.0", "plugin": "2.11.0"}, "does not take npu_fused_linear_online_max_sum"),
         ({"torch_version": "2.99.0", "plugin": "2.99.0"}, "not in our table"),
     ],
 )
@@ -178,6 +180,21 @@ def test_devices_the_plug_in_sees_are_usable(npu):
     found = device.NpuDevice().probe()
     assert found.problems == []
     assert found.facts["devices"] == "2 × Ascend910B2"
+    assert found.facts["product"] == "A2"
+
+
+@pytest.mark.parametrize(
+    ("name", "product"),
+    [
+        ("Ascend910B2", "A2"),
+        ("Ascend910B4-1", "A2"),
+        ("Ascend910_9392", "A3"),
+        ("Ascend950PR", "950"),
+        ("x", None),
+    ],
+)
+def test_a_devices_name_says_its_product(name, product):
+    assert product_named(name) == product
 
 
 def test_a_plug_in_that_sees_none_is_unusable(npu):

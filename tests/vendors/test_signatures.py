@@ -173,7 +173,7 @@ def test_what_is_asked_of_intels_devices_is_upstream():
 PYTHON = {package: read for package, read in SIGNATURES.items() if package != "torch_npu"}
 CALLERS = {
     "tutel": ("tutel.moe.", BACKENDS / "cuda" / "tutel.py"),
-    "liger-kernel": ("liger_kernel.", BACKENDS / "kernels" / "liger.py"),
+    "liger-kernel": ("liger_kernel.", BACKENDS / "triton" / "liger.py"),
 }
 
 

@@ -10,7 +10,7 @@ from torch_npu import faults
 
 from portmoe import load_config
 from portmoe.backends.npu import attention, grouped_matmul, limits, permutation, signatures
-from portmoe.backends.npu.ops import FUSED, UNUSED, NpuOperations
+from portmoe.backends.npu.ops import FUSED, LAST, UNUSED, NpuOperations
 from portmoe.ops import OPERATIONS, Segments, choose
 from portmoe.ops import attention as plain_attention
 
@@ -28,11 +28,14 @@ CASES = [
     {"tokens": 7, "seq_len": 3, "equal_segments": False, "capacity": 4},
     {"qk_interleaved": True, "experts": 1, "top_k": 1},
 ]
-UNEQUAL_HEADS = [
-    {"heads": 4, "kv_heads": 2},
-    {"head_dim": 24, "value_dim": 16, "equal_segments": False},
-    {"heads": 6, "kv_heads": 1, "head_dim": 12, "value_dim": 8},
-]
+MORE = {
+    "attention": [
+        {"heads": 4, "kv_heads": 2},
+        {"head_dim": 24, "value_dim": 16, "equal_segments": False},
+        {"heads": 6, "kv_heads": 1, "head_dim": 12, "value_dim": 8},
+    ],
+    "cross_entropy": [{"vocab": 130}, {"vocab": 128, "vocab_parts": 2}, {"vocab": 131, "vocab_parts": 3}],
+}
 
 
 @pytest.mark.parametrize(
@@ -41,7 +44,7 @@ UNEQUAL_HEADS = [
 def test_it_is_the_same_function(implementation):
     computed = 0
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for changes in CASES + UNEQUAL_HEADS * (implementation.op == "attention"):
+        for changes in CASES + MORE.get(implementation.op, []):
             shapes = workload(dtype, **changes)
             if implementation.supports(shapes) is None:
                 agreement.assert_agrees(implementation.function, OPERATIONS[implementation.op], shapes)
@@ -126,10 +129,23 @@ def test_a_device_may_be_taken_for_another_product(monkeypatch):
         assert swiglu.supports(workload()) is None
 
 
-@pytest.mark.parametrize("implementation", FUSED, ids=lambda i: f"{i.op}.{i.name}")
+@pytest.mark.parametrize("implementation", [*FUSED, *LAST], ids=lambda i: f"{i.op}.{i.name}")
 def test_a_missing_function_is_named(implementation):
     with faults.planted(f"lack:{implementation.name}"):
         assert f"has no {implementation.name}" in implementation.supports(workload(capacity=0))
+
+
+def test_the_cut_vocabularys_functions_are_taken_where_they_are_measured_or_alone():
+    (fused,) = LAST
+    shapes = workload(torch.bfloat16, vocab=256)
+    record = choose(OPERATIONS, IMPLEMENTATIONS, shapes, load_config("tiny_moe4")).record()
+    assert record["cross_entropy"]["chosen"] == "chunked"
+    without = load_config("tiny_moe4", ["ops.disable=[cross_entropy.chunked]"])
+    assert (
+        choose(OPERATIONS, IMPLEMENTATIONS, shapes, without).record()["cross_entropy"]["chosen"] == fused.name
+    )
+    assert "float16 or bfloat16" in fused.supports(workload(vocab=256))
+    assert "127 classes" in fused.supports(workload(torch.bfloat16, vocab=127))
 
 
 def test_a_function_that_was_changed_is_not_called(monkeypatch):

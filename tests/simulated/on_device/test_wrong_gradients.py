@@ -10,7 +10,7 @@ import torch
 from torch_npu import faults
 
 from portmoe import load_config
-from portmoe.backends.npu.ops import FUSED
+from portmoe.backends.npu.ops import FUSED, LAST
 from portmoe.ops import OPERATIONS
 from portmoe.verify.backend.conformance import check_operation
 from portmoe.verify.bisect.bisect import bisect
@@ -57,6 +57,20 @@ def test_conformance_fails_it_and_nothing_else(implementation):
     assert not failed(implementation, torch.float32)
     with planted(implementation):
         assert failed(implementation, torch.float32) == {f"{implementation.op}.{implementation.name}"}
+
+
+def test_conformance_fails_the_cut_vocabularys_gradient():
+    backward = "npu_fused_linear_cross_entropy_loss_with_max_sum_backward"
+
+    def outcomes():
+        checks = check_operation(
+            OPERATIONS["cross_entropy"], LAST, NPU, 0, [torch.bfloat16], ["larger"], with_reference=False
+        )
+        return {check.name.partition(",")[0]: check.status for check in checks}
+
+    assert set(outcomes().values()) == {"pass"}
+    with faults.planted(f"gradient:{backward}:1.01"):
+        assert outcomes()["values"] == "fail"
 
 
 def walk(model, dtype=torch.float32):
