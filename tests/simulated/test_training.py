@@ -45,11 +45,11 @@ FUSED = {
     "npu_rms_norm": ("static", "rms_norm", "torch"),
     "npu_rotary_mul": ("static", "rotary", "reference"),
     "npu_swiglu": ("static", "swiglu", "silu"),
-    "npu_fusion_attention": ("ragged", "attention", "sdpa"),
+    "npu_fusion_attention": ("ragged", "attention", "npu_fusion_attention_v2"),
     "npu_moe_token_permute": ("ragged", "dispatch", "gather"),
     "npu_moe_token_unpermute": ("ragged", "combine", "gather"),
     "npu_grouped_matmul": ("ragged", "expert_ffn_ragged", "loop"),
-    "npu_apply_adam_w": ("static", "adamw", "foreach"),
+    "npu_apply_adam_w": ("static", "adamw", "fused"),
 }
 JOBS = {
     **{model: (model, ()) for model in MODELS},
@@ -59,6 +59,7 @@ JOBS = {
     "nan": ("static", ("wrong:npu_rms_norm:nan",)),
     "measured": ("static", ("fail:npu_rms_norm",)),
     "out of memory": ("static", ("memory:3000000",)),
+    "another product": ("ragged", ("product:A3",)),
 }
 EXTRA = {"measured": ["ops.select=measure"]}
 
@@ -130,6 +131,15 @@ def test_without_one_function_the_losses_stay_and_the_record_says_why(name, on_c
     assert choice["chosen"] == fallback
     (missing,) = [c for c in choice["candidates"] if c["name"] == name]
     assert missing["reason"] == f"torch_npu 2.13.0+simulated has no {name}"
+
+
+def test_another_product_takes_what_its_pages_name_and_the_losses_stay(on_cpu, on_npu):
+    run = on_npu / "another product"
+    assert losses(run) == pytest.approx(losses(on_cpu / "ragged"), rel=EXACT)
+    chosen = {op: choice["chosen"] for op, choice in operations(run).items()}
+    assert chosen["attention"] == "npu_fusion_attention_v2"
+    assert chosen["expert_ffn_ragged"] == "loop"
+    assert "910_9392" in operations(run)["attention"]["candidates"][0]["reason"]
 
 
 def test_the_static_product_falls_back_too(on_cpu, on_npu):

@@ -28,7 +28,7 @@ def main(backend: str, folder: str) -> None:
 
 
 def planted(specifications: list[str]):
-    """The simulated device's faults; memory:BYTES leaves it no more than that."""
+    """The simulated device's faults; memory:BYTES leaves it no more than that, product:A3 makes it another."""
     if not specifications:
         return nullcontext()
     from torch_npu import faults, npu
@@ -36,6 +36,8 @@ def planted(specifications: list[str]):
     if specifications[0].startswith("memory:"):
         free = int(specifications[0].removeprefix("memory:"))
         return faults.memory_limit(npu.memory_allocated(0) + free)
+    if specifications[0].startswith("product:"):
+        return faults.product(specifications[0].removeprefix("product:"))
     return faults.planted(*specifications)
 
 
