@@ -30,6 +30,27 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
     return place
 
 
+# The files that take longest, in the order of what they take. Each stays on one worker for its fixtures, so
+# these begin first: a worker that is left alone with one at the end keeps a core idle.
+LONGEST = """
+parallel/test_layouts simulated/test_training launch/test_launch planning/test_traffic
+verify/backend/test_validate_command launch/test_lost_ranks adaptation/test_new_vendor_guide
+checkpoint/test_resume cli/test_check_env parallel/test_deepspeed benchmarks/test_benchmarks
+parallel/test_weight verify/bisect/test_bisect verify/machine/test_survey cuda/test_interpreted_kernels
+simulated/test_on_device simulated/test_wrong_gradients checkpoint/test_resumed_layouts parallel/test_pipeline
+verify/backend/test_planted_faults model/test_init checkpoint/test_checkpoint launch/test_launch_lines
+planning/test_dry_run training/test_same_numbers profiling/test_profile simulated/test_environment_report
+cuda/test_compiled_kernels ops/test_gating config/test_broken_configs ops/test_dispatch_combine
+"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, the others as they are."""
+    folder = Path(__file__).parent
+    rank = {folder / f"{name}.py": place for place, name in enumerate(LONGEST.split())}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
 @pytest.fixture(scope="session")
 def world() -> Iterator[Callable[[int], World]]:
     """``world(n)``: n ranks, started when first asked for."""

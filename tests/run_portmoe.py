@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from free_port import free_port
-from zygote import Portmoe
+from zygote import start_portmoe
 
 SMALL = {
     "data.seq_len": 32,
@@ -42,13 +42,13 @@ def run(directory: Path, nproc: int = 1, **overrides: object) -> list[dict]:
     """Train to the end, as so many ranks; the records of metrics.jsonl."""
     line = arguments(directory, **overrides)
     if nproc == 1:
-        ranks = [Portmoe(line, environment())]
+        ranks = [start_portmoe(line, environment())]
     else:
         port = str(free_port())
         common = {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc), "MASTER_PORT": port}
         common |= environment() | {"MASTER_ADDR": "127.0.0.1"}
         places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)]
-        ranks = [Portmoe(line, common | place) for place in places]
+        ranks = [start_portmoe(line, common | place) for place in places]
     try:
         said = [rank.communicate(280)[0] for rank in ranks]
     finally:

@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 CONTEXT = mp.get_context("forkserver")
@@ -22,17 +23,20 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-class Portmoe:
-    """One ``portmoe`` with these arguments, with the interface of ``subprocess.Popen`` as far as it is used.
+class Forked:
+    """A process, the leader of a session, with the interface of ``subprocess.Popen`` as far as it is used.
 
-    Its standard output and error go into one text. It leads a session of its own.
+    Its standard output and error go into one text.
+
+    Args:
+        main: what it runs, which gives its exit code; pickled.
+        environment: all its variables.
     """
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
-        self.arguments = list(arguments)
-        self._output = Path(tempfile.mkstemp(prefix="portmoe-", suffix=".out")[1])
+    def __init__(self, main: Callable[[], int | None], environment: Mapping[str, str]) -> None:
+        self._output = Path(tempfile.mkstemp(prefix="forked-", suffix=".out")[1])
         self._process = CONTEXT.Process(
-            target=_portmoe, args=(self.arguments, dict(environment), str(self._output), os.getcwd())
+            target=_forked, args=(main, dict(environment), str(self._output), os.getcwd())
         )
         self._process.start()
 
@@ -53,33 +57,53 @@ class Portmoe:
     def kill(self) -> None:
         self._process.kill()
 
-    def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        if self._process.exitcode is None:
-            raise subprocess.TimeoutExpired(self.arguments, timeout, self._output.read_text())
-        return self._process.exitcode
-
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
         """Wait for its end; gives what it has said."""
-        self.wait(timeout)
+        self._process.join(timeout)
         said = self._output.read_text(errors="replace")
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("a forked process", timeout, said)
         self._output.unlink()
         return said, None
 
 
-def portmoe(
-    arguments: Sequence[str], environment: Mapping[str, str], timeout: float = 280
-) -> "subprocess.CompletedProcess[str]":
-    """Run one to its end; both its outputs are in ``stdout``."""
-    process = Portmoe(arguments, environment)
+def ended(process: Forked, timeout: float = 280) -> "subprocess.CompletedProcess[str]":
+    """Wait for its end; both its outputs are in ``stdout`` and in ``stderr``."""
     try:
         said, _ = process.communicate(timeout)
     finally:
         process.kill()
-    return subprocess.CompletedProcess(process.arguments, process.returncode, said, said)
+    return subprocess.CompletedProcess("a forked process", process.returncode, said, said)
 
 
-def _portmoe(arguments: list[str], environment: dict[str, str], output: str, folder: str) -> None:
+def start_portmoe(arguments: Sequence[str], environment: Mapping[str, str]) -> Forked:
+    """``portmoe`` with these arguments."""
+    return Forked(partial(_portmoe, list(arguments)), environment)
+
+
+def portmoe(arguments: Sequence[str], environment: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+    """Run ``portmoe`` with these arguments to its end."""
+    return ended(start_portmoe(arguments, environment))
+
+
+def python(code: str, environment: Mapping[str, str], *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run ``code`` as ``python -c`` does, in a process that has torch already, to its end."""
+    return ended(Forked(partial(_python, code, arguments), environment))
+
+
+def _portmoe(arguments: list[str]) -> int:
+    from portmoe.cli.main import run
+
+    sys.argv = ["portmoe", *arguments]
+    return run(arguments)
+
+
+def _python(code: str, arguments: Sequence[str]) -> None:
+    sys.argv = ["-c", *arguments]
+    exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
+
+
+def _forked(main: Callable[[], int | None], environment: dict[str, str], output: str, folder: str) -> None:
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
@@ -90,10 +114,7 @@ def _portmoe(arguments: list[str], environment: dict[str, str], output: str, fol
         os.dup2(descriptor, standard)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 (the process's own)
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    sys.argv = ["portmoe", *arguments]
     import torch
 
-    from portmoe.cli.main import run
-
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
-    sys.exit(run(arguments))
+    sys.exit(main())

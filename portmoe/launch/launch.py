@@ -141,27 +141,27 @@ def _await_all(store: dist.Store, ranks: Ranks, deadline: float) -> dist.Store:
     store, stays until the others have had time to read it.
     """
     pause = 0.05 + ranks.world_size / 2000  # seconds; many ranks ask one store
-    doorman = _Doorman(store) if ranks.rank == 0 else None
-    ours = dist.PrefixStore(doorman.round if doorman else _enter(store, ranks, deadline, pause), store)
+    hosted = _RendezvousRound(store) if ranks.rank == 0 else None
+    ours = dist.PrefixStore(hosted.round if hosted else _join_round(store, ranks, deadline, pause), store)
     ours.set(f"arrived/{ranks.rank}", ranks.host)
     if ours.add("arrived", 1) == ranks.world_size:
         ours.set("everyone", "")
     while not ours.check(["everyone"]):
-        if doorman:
-            doorman.let_in()
+        if hosted:
+            hosted.answer_tickets()
         if time.monotonic() > deadline and not ours.check(["missing"]):
             absent = [rank for rank in range(ranks.world_size) if not ours.check([f"arrived/{rank}"])]
             ours.set("missing", _listed(absent))
         if ours.check(["missing"]):
-            if doorman:
+            if hosted:
                 time.sleep(4 * pause)
             raise _missing(ours.get("missing").decode(), ranks)
         time.sleep(pause)
     return ours
 
 
-class _Doorman:
-    """Rank 0's side of entering: an elastic agent may keep one store over restarts, with all that the
+class _RendezvousRound:
+    """Rank 0's side of the rendezvous: an elastic agent may keep one store over restarts, with all that the
     ranks of former starts wrote into it. So each start has a round, and every rank takes a ticket,
     whose number never comes again, and is told the round by it."""
 
@@ -170,7 +170,7 @@ class _Doorman:
         self._store = store
         self._answered = 0
 
-    def let_in(self) -> None:
+    def answer_tickets(self) -> None:
         """Answer every ticket taken since the last call."""
         taken = self._store.add(_TICKETS, 0)
         for ticket in range(self._answered + 1, taken + 1):
@@ -178,7 +178,7 @@ class _Doorman:
         self._answered = taken
 
 
-def _enter(store: dist.Store, ranks: Ranks, deadline: float, pause: float) -> str:
+def _join_round(store: dist.Store, ranks: Ranks, deadline: float, pause: float) -> str:
     """The other ranks' side: take a ticket and wait to be told the round."""
     answer = f"{_TICKETS}/{store.add(_TICKETS, 1)}"
     while not store.check([answer]):

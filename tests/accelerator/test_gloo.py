@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from zygote import python
 
 from portmoe.accelerator import gloo
 
@@ -49,14 +50,7 @@ dist.destroy_process_group()
 
 def run(**variables: str) -> tuple[list[str], Counter[str]]:
     """What is printed of each group's backend, and how many threads have each name."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=os.environ | variables,
-        check=False,
-    )
+    done = python(PROGRAM, os.environ | variables)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     backends = [line for line in lines if line.startswith("backend")]

@@ -75,7 +75,7 @@ def test_the_others_end_and_name_it(ranks, victim, signal_number, layout):
 
 def test_spawned_ranks_start_again_and_go_on(tmp_path):
     directory = tmp_path / "run"
-    keys = ("ckpt.enable_save_ckpt=true", "ckpt.checkpoint_every=5", "data.total_steps=60", *PIPELINE)
+    keys = ("ckpt.enable_save_ckpt=true", "ckpt.checkpoint_every=5", "data.total_steps=30", *PIPELINE)
     options = ("--nproc", "2", "--max-restarts", "1", *settings(directory, *keys))
     launcher = subprocess.Popen(
         [sys.executable, "-m", "portmoe", "train", *options],
@@ -97,7 +97,7 @@ def test_spawned_ranks_start_again_and_go_on(tmp_path):
     assert f"rank 1 of 2 (process {victim}) was ended by SIGKILL" in said
     assert "restart 1 of 1" in said
     done = records(directory)
-    assert [record["step"] for record in done] == list(range(60))
+    assert [record["step"] for record in done] == list(range(30))
 
 
 def rank_of(pid: str) -> str | None:

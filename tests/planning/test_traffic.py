@@ -85,7 +85,12 @@ def communicated(directory, *overrides) -> list[tuple[str, str, int, int]]:
     return steps[-1]
 
 
-SLOW = {"mtp2 pp2 dp2, subsets", "msp2 pp2 ep2 interleaved", "ep4 of dp8 fsdp"}  # 8 ranks
+SLOW = {
+    *("mtp2 pp2 dp2, subsets", "msp2 pp2 ep2 interleaved", "ep4 of dp8 fsdp"),  # 8 ranks
+    # what others have between them
+    *("pp4", "dp2 pp2, experts not spread", "pp2 dp2, 3 micro-batches", "mtp2 ep2 fsdp"),
+    *("isp2 bfloat16", "isp2 dp2, moments cut further"),
+}
 
 
 @pytest.mark.parametrize(
