@@ -95,6 +95,11 @@ class Block(nn.Module):
         return x_TH + y_TH, routing.aux_loss, routing.count_E, kept_E
 
 
+def _embedding(vocabulary: int, hidden: int) -> nn.Embedding:
+    """An embedding that draws no values: on the meta device torch imports its compiler for that."""
+    return nn.Embedding.from_pretrained(torch.empty(vocabulary, hidden), freeze=False)
+
+
 class Decoder(nn.Module):
     """The whole model, or the part of it that one pipeline stage holds.
 
@@ -123,7 +128,7 @@ class Decoder(nn.Module):
         layers = sorted(range(model.num_layers) if layers is None else layers)
         device = torch.get_default_device()
         with torch.device("meta"):  # values are drawn once, for the whole decoder, below
-            self.embedding = nn.Embedding(model.vocab_size, model.hidden_size) if embed else None
+            self.embedding = _embedding(model.vocab_size, model.hidden_size) if embed else None
             self.layers = nn.ModuleDict({str(layer): Block(config, layer, ops) for layer in layers})
             self.norm = RMSNorm(config, ops) if head else None
             self.head = Linear(model.hidden_size, model.vocab_size, ops, bias=False) if head else None

@@ -16,7 +16,8 @@ MEASURED = """
 import resource, sys
 from portmoe.cli.main import run
 code = run(sys.argv[1:])
-print("PEAK_KIB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+used = resource.getrusage(resource.RUSAGE_SELF)
+print("USED", used.ru_maxrss, used.ru_utime + used.ru_stime)
 sys.exit(code)
 """
 
@@ -28,12 +29,12 @@ def shown(capsys, *arguments):
 
 def test_7b_within_its_time_and_memory():
     arguments = ["train", "--dry-run", "--config", "7b_moe4", "--world-size", "32"]
-    began = time.perf_counter()
     result = subprocess.run(
         [sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True, timeout=120, check=True
     )
-    assert time.perf_counter() - began < 30
-    assert int(result.stdout.rpartition("PEAK_KIB")[2]) < 2 * 1024 * 1024
+    kib, seconds = result.stdout.rpartition("USED")[2].split()
+    assert int(kib) < 2 * 1024 * 1024
+    assert float(seconds) < 30  # of a core: other tests may have it in between
 
 
 def test_the_figures_of_7b(capsys):

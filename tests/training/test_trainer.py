@@ -1,16 +1,28 @@
 """What a whole run leaves behind, started as a user starts it."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from run_portmoe import arguments, environment, losses, records, run
 from zygote import portmoe
 
+# The command, and what of torch's compiler it has imported.
+WATCHED = """
+import sys
+from portmoe.cli.main import run
+code = run(sys.argv[1:])
+print("imported:", *sorted({"torch._dynamo", "torch._inductor", "triton"} & sys.modules.keys()))
+sys.exit(code)
+"""
+
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def started(tmp_path_factory):
+    """A run in a process of its own: its directory and what it printed."""
     directory = tmp_path_factory.mktemp("finished") / "run"
-    run(
+    line = arguments(
         directory,
         data__total_steps=6,
         data__valid_every=3,
@@ -19,7 +31,21 @@ def finished(tmp_path_factory):
         ckpt__checkpoint_every=2,
         ckpt__keep=2,
     )
-    return directory
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED, *line], env=environment(), capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return directory, done.stdout
+
+
+@pytest.fixture(scope="module")
+def finished(started):
+    return started[0]
+
+
+def test_a_run_of_one_rank_does_not_wait_for_torchs_compiler_to_be_imported(started):
+    """It takes as long as all the rest of the start."""
+    assert started[1].splitlines()[-1] == "imported:"
 
 
 def test_the_run_directory_is_complete(finished):
