@@ -1,5 +1,6 @@
 """``portmoe train``."""
 
+import os
 import sys
 
 import click
@@ -7,6 +8,8 @@ import click
 from portmoe.accelerator.discovery import AUTO, find, prepare
 from portmoe.cli.options import config_options
 from portmoe.config.read import config_name, load_config
+from portmoe.errors import BackendError
+from portmoe.launch.address import with_known_address
 from portmoe.launch.interrupt import exit_code
 from portmoe.launch.ranks import LAUNCHERS, detect
 from portmoe.parallel.layout import Layout
@@ -70,7 +73,9 @@ def train(
     config = load_config(name, overrides)
     if backend != AUTO:
         find(backend)
-    ranks = nproc if dry_run or nproc > 1 else detect(launcher).world_size
+    ranks = nproc if dry_run or nproc > 1 else _started(launcher)
+    if nproc > 1 and not dry_run:
+        _refuse_inside_of_a_launch(nproc, launcher)
     Layout.plan(config, world_size or ranks)
     require_engine(config)
     prepare(backend)
@@ -91,3 +96,24 @@ def train(
     stopped_by = start(config, config_name(name), backend, launcher, profile)
     if stopped_by is not None:
         sys.exit(exit_code(stopped_by))
+
+
+def _started(launcher: str) -> int:
+    """How many ranks there are, with this one; refuses at once what they would wait for in vain."""
+    ranks = detect(launcher)
+    if ranks.world_size > 1:
+        with_known_address(ranks, os.environ)
+    return ranks.world_size
+
+
+def _refuse_inside_of_a_launch(nproc: int, launcher: str) -> None:
+    """Each of the processes that a launcher started would start ``nproc`` more and make a run of its own."""
+    try:
+        started = detect(launcher).world_size
+    except BackendError:  # started by none, as in the shell of a batch script
+        return
+    if started > 1:
+        raise click.UsageError(
+            f"--nproc {nproc} in one of {started} processes that a launcher has started would make {started} "
+            "runs; leave --nproc out, or use --launcher local"
+        )

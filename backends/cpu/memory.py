@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from portmoe.accelerator import Memory
+from portmoe.accelerator.host_memory import host_memory
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -49,8 +50,8 @@ class CpuMemory(Memory):
             ctypes.CDLL(None).mallopt(setting, LARGEST_KEPT)
 
     def total(self) -> int:
-        """Physical memory of the machine; every rank on it shares this."""
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        """What the machine has, or the container or job may use of it; every rank here shares this."""
+        return host_memory().total
 
 
 def _status(key: str) -> int:

@@ -15,6 +15,7 @@ from torch.distributed import distributed_c10d
 
 from portmoe.accelerator import Accelerator
 from portmoe.errors import BackendError
+from portmoe.launch.address import with_known_address
 from portmoe.launch.ranks import Ranks
 
 PARENT = "PORTMOE_PARENT_PID"  # set by spawn: the process whose end must be this rank's end
@@ -65,7 +66,7 @@ def _device_index(accelerator: Accelerator, ranks: Ranks) -> int:
     count = accelerator.device.count()
     if accelerator.device.shared or ranks.local_rank < count:
         return ranks.local_rank
-    if ranks.source == "srun" and count == 1:
+    if ranks.source in ("srun", "mpi") and count == 1:
         return 0
     raise BackendError(
         f"rank {ranks.rank} ({ranks.host}) needs {accelerator.name} device {ranks.local_rank}, and this "
@@ -91,6 +92,7 @@ def _meet(ranks: Ranks, timeout: timedelta) -> dist.Store:
     if ranks.world_size == 1:
         return dist.HashStore()
     deadline = time.monotonic() + timeout.total_seconds()
+    ranks = with_known_address(ranks, os.environ)
     try:
         if ranks.rank > 0:
             _await_first_rank(ranks, deadline)

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from portmoe.errors import BackendError, ConfigError
+from portmoe.launch.mpi import FAMILIES, Family, family_of, rendezvous
 
-LAUNCHERS = ("auto", "local", "torchrun", "srun")
+LAUNCHERS = ("auto", "local", "torchrun", "srun", "mpi")
 LOOPBACK = "127.0.0.1"
 FIRST_PORT, PORTS = 20000, 10000  # below the ports Linux hands out by itself
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0  # SLURM's numbers for what is no step of srun's
 
 _HOSTS = re.compile(r"(?:[\w.\-]|\[[\d,\-]+\])+")
 _RANGES = r"\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\]"
@@ -34,11 +36,13 @@ class Ranks:
 def detect(launcher: str = "auto", environ: Mapping[str, str] = os.environ) -> Ranks:
     """Read rank and world size from the launcher's environment variables.
 
-    ``auto`` takes torchrun's variables where they are, then those of a SLURM task, else one process.
+    ``auto`` takes torchrun's variables where they are, then those of an MPI launcher, then those of a SLURM
+    task, else one process.
 
     Raises:
         ConfigError: no such launcher, or the variables contradict each other.
-        BackendError: a variable the launcher should have set is missing.
+        BackendError: a variable the launcher should have set is missing, or several processes were asked
+            for and this one was not started as one of them.
     """
     if launcher not in LAUNCHERS:
         raise ConfigError(f"--launcher {launcher!r} is unknown; allowed: {', '.join(LAUNCHERS)}")
@@ -46,7 +50,7 @@ def detect(launcher: str = "auto", environ: Mapping[str, str] = os.environ) -> R
         launcher = _launched_by(environ)
     if launcher == "local":
         return Ranks(0, 0, 1, 1, socket.gethostname(), LOOPBACK, 0, "local")
-    ranks = _from_torchrun(environ) if launcher == "torchrun" else _from_slurm(environ)
+    ranks = {"torchrun": _from_torchrun, "srun": _from_slurm, "mpi": _from_mpi}[launcher](environ)
     if ranks.master_port > 65535:
         raise ConfigError(f"the environment variable MASTER_PORT={ranks.master_port} must be at most 65535")
     for name, index, size in (
@@ -64,9 +68,33 @@ def detect(launcher: str = "auto", environ: Mapping[str, str] = os.environ) -> R
 def _launched_by(environ: Mapping[str, str]) -> str:
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return "torchrun"
-    if "SLURM_PROCID" in environ and ("SLURM_STEP_ID" in environ or environ.get("SLURM_NTASKS", "1") != "1"):
+    if environ.get("WORLD_SIZE", "1") != "1" or environ.get("RANK", "0") != "0":
+        given, missing = ("WORLD_SIZE", "RANK") if "WORLD_SIZE" in environ else ("RANK", "WORLD_SIZE")
+        raise BackendError(
+            f"the environment has {given}={environ[given]} and no {missing}, so which of how many processes "
+            f"this is cannot be told; set {missing} too, unset {given}, or use --launcher local"
+        )
+    if (family := family_of(environ)) and not _is_slurms_own(family, environ):
+        return "mpi"
+    if "SLURM_PROCID" in environ and (_in_a_step(environ) or environ.get("SLURM_NTASKS", "1") != "1"):
         return "srun"
     return "local"
+
+
+def _is_slurms_own(family: Family, environ: Mapping[str, str]) -> bool:
+    """srun gives its tasks PMI's variables too; an MPI launcher inside of a job gives ranks of its own."""
+    if "SLURM_PROCID" not in environ or not _in_a_step(environ):
+        return False
+    if family.size not in environ:
+        return True
+    theirs = (environ[family.rank], environ[family.size])
+    return theirs == (environ["SLURM_PROCID"], environ.get("SLURM_NTASKS"))
+
+
+def _in_a_step(environ: Mapping[str, str]) -> bool:
+    """Whether srun started this process. A batch script's shell has no step, or one of the last numbers."""
+    step = environ.get("SLURM_STEP_ID", "")
+    return step.isdigit() and int(step) < _FIRST_SPECIAL_STEP
 
 
 def _from_torchrun(environ: Mapping[str, str]) -> Ranks:
@@ -85,11 +113,42 @@ def _from_torchrun(environ: Mapping[str, str]) -> Ranks:
     )
 
 
+def _from_mpi(environ: Mapping[str, str]) -> Ranks:
+    family = family_of(environ)
+    if family is None:
+        raise BackendError(
+            f"--launcher mpi finds none of {', '.join(f.rank for f in FAMILIES)} in the environment; "
+            "start through mpirun or mpiexec, or use --launcher local"
+        )
+
+    def number(name: str) -> int:
+        return _number(environ, name, family.name)
+
+    if family.size not in environ:
+        raise BackendError(
+            f"{family.name} says {family.rank}={environ[family.rank]} and not how many ranks there are; "
+            "set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for each rank, or start through "
+            "torchrun"
+        )
+    rank, world_size = number(family.rank), number(family.size)
+    local_rank = number(family.local_rank) if family.local_rank in environ else rank
+    local_size = number(family.local_size) if family.local_size in environ else world_size
+    address, port = rendezvous(family, environ, one_machine=local_size == world_size)
+    own = number("MASTER_PORT") if port is None else FIRST_PORT + int(port) % PORTS
+    return Ranks(rank, local_rank, world_size, local_size, socket.gethostname(), address, own, "mpi")
+
+
 def _from_slurm(environ: Mapping[str, str]) -> Ranks:
     def number(name: str) -> int:
         return _number(environ, name, "srun")
 
     world_size = number("SLURM_NTASKS")
+    if world_size > 1 and not _in_a_step(environ):
+        raise BackendError(
+            f"this is the shell of a batch script (SLURM_NTASKS={world_size}, no SLURM_STEP_ID), not one of "
+            "its tasks; put srun before the command, as in `srun portmoe train …`, or use `--launcher local "
+            f"--nproc {world_size}` for ranks on this machine"
+        )
     hosts = _slurm_hosts(environ)
     if "MASTER_PORT" in environ:
         port = number("MASTER_PORT")

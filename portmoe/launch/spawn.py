@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from portmoe.accelerator.host_memory import likely_cause
 from portmoe.errors import BackendError, ConfigError, TrainingError
 from portmoe.launch.interrupt import SIGNALS, exit_code, heeded
 from portmoe.launch.launch import PARENT
@@ -106,6 +107,8 @@ class _Agent(LocalElasticAgent):
                 if failure.exitcode < 0
                 else f"ended with exit code {failure.exitcode}"
             )
+            if failure.exitcode == -signal.SIGKILL:
+                how += f", {likely_cause()}"
             _say(f"rank {rank} of {worker_group.spec.local_world_size} (process {failure.pid}) {how}")
             if self.passed_on or failure.exitcode in _PERMANENT:
                 raise _NoRestart(result)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from portmoe.accelerator import Accelerator
+from portmoe.accelerator.host_memory import host_memory, process_limit
 from portmoe.config import Config
 from portmoe.costs.memory import FP32_BYTES, StateBytes, state_bytes
 from portmoe.costs.parameters import count_parameters
@@ -47,12 +48,16 @@ def require_memory(config: Config, layout: Layout, accelerator: Accelerator, ran
         BackendError: it is larger; activations and buffers are not even counted.
     """
     needed = state_of_rank(config, layout).total
-    sharing = ranks.local_world_size if accelerator.device.shared else 1
-    available = accelerator.memory.total() // sharing
+    shared = accelerator.device.shared
+    available = accelerator.memory.total() // (ranks.local_world_size if shared else 1)
+    of_what = f", {ranks.local_world_size} ranks sharing {host_memory()}" if shared else ""
+    own = process_limit() if shared else None
+    if own is not None and own < available:
+        available, of_what = own, ", the limit of one process (ulimit -v, -d)"
     if needed > available:
         raise BackendError(
             f"rank {ranks.rank} ({ranks.host}) needs {needed / 2**30:.1f} GiB for weights, gradients and "
-            f"optimizer state, and its share of {accelerator.name} memory is {available / 2**30:.1f} GiB; "
-            "use more ranks (parallel.zero1.size: -1 shards over all of them), set parallel.zero1.fsdp to "
-            "true, or choose a smaller model; `portmoe train --dry-run --world-size N` tells for N ranks"
+            f"optimizer state, and its share of {accelerator.name} memory is {available / 2**30:.1f} GiB"
+            f"{of_what}; use more ranks (parallel.zero1.size: -1 shards over all), set parallel.zero1.fsdp "
+            "to true, or choose a smaller model; `portmoe train --dry-run --world-size N` tells for N ranks"
         )

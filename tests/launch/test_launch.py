@@ -93,13 +93,80 @@ def test_one_node_meets_on_the_loopback():
         ({}, "local"),
         (TORCHRUN, "torchrun"),
         (SLURM, "srun"),
-        (without(SLURM, "SLURM_STEP_ID"), "srun"),
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, "local"),  # the shell of an allocation
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "1"}, "local"),  # a batch script
     ],
 )
 def test_who_launched(environ, source):
     assert detect("auto", environ).source == source
+
+
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+    "PMIX_RANK": "3",
+    "PMIX_NAMESPACE": "prterun-1",
+}
+MPICH = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "3", "MPI_LOCALNRANKS": "4"}
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        OPEN_MPI,
+        MPICH,
+        OPEN_MPI | SLURM,  # mpirun in an allocation starts its daemons by srun
+        MPICH | SLURM,
+        MPICH | without(SLURM, "SLURM_STEP_ID"),
+        {"MV2_COMM_WORLD_RANK": "3", "MV2_COMM_WORLD_SIZE": "4"},
+        {"JSM_NAMESPACE_RANK": "3", "JSM_NAMESPACE_SIZE": "4", "JSM_NAMESPACE_LOCAL_RANK": "3"},
+        {"FLUX_TASK_RANK": "3", "FLUX_JOB_SIZE": "4", "FLUX_TASK_LOCAL_ID": "3"},
+        {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"},
+    ],
+)
+def test_mpi_launchers(environ):
+    ranks = detect("auto", environ)
+    assert (ranks.rank, ranks.local_rank, ranks.world_size, ranks.local_world_size) == (3, 3, 4, 4)
+    assert (ranks.master_address, ranks.source) == ("127.0.0.1", "mpi")
+    first = {name: "0" if value == "3" else value for name, value in environ.items()}
+    assert detect("mpi", first).master_port == ranks.master_port
+    assert detect("auto", environ | {"MASTER_PORT": "29500"}).master_port == 29500
+    assert detect("auto", environ | {"MASTER_ADDR": "ib0"}).master_address == "ib0"
+
+
+def test_two_jobs_of_mpi_on_a_machine_meet_apart():
+    other = OPEN_MPI | {"PMIX_NAMESPACE": "prterun-2"}
+    assert detect("auto", OPEN_MPI).master_port != detect("auto", other).master_port
+
+
+def test_srun_with_pmi_is_srun():
+    pmi = {"PMI_RANK": "5", "PMI_SIZE": "7", "PMIX_RANK": "5"}
+    assert detect("auto", SLURM | pmi).source == "srun"
+    assert detect("auto", SLURM | {"PMIX_RANK": "5"}).source == "srun"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "environ", "message"),
+    [
+        (
+            "auto",
+            OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+            "MASTER_AD",
+        ),
+        ("auto", {"PMIX_RANK": "1"}, "PMIX_RANK=1 and not how many ranks"),
+        ("mpi", {}, "finds none of OMPI_COMM_WORLD_RANK"),
+        ("auto", {"RANK": "1"}, "RANK=1 and no WORLD_SIZE"),
+        ("auto", {"WORLD_SIZE": "2"}, "WORLD_SIZE=2 and no RANK"),
+        ("auto", without(SLURM, "SLURM_STEP_ID"), "batch script.*put srun before"),
+        ("auto", SLURM | {"SLURM_STEP_ID": str(0xFFFFFFFB)}, "batch script.*put srun before"),
+        ("srun", without(SLURM, "SLURM_STEP_ID"), "batch script.*put srun before"),
+    ],
+)
+def test_a_launch_that_is_not_understood_is_refused_at_once(launcher, environ, message):
+    with pytest.raises(BackendError, match=message):
+        detect(launcher, environ)
 
 
 def test_local_ignores_the_others():
@@ -132,7 +199,7 @@ def test_a_missing_slurm_variable_is_named(name):
         ("torchrun", TORCHRUN | {"MASTER_PORT": "99999"}, "MASTER_PORT=99999"),
         ("srun", SLURM | {"SLURM_TASKS_PER_NODE": "four"}, "SLURM_TASKS_PER_NODE='four'"),
         ("srun", SLURM | {"SLURM_NODEID": "2"}, "SLURM_NODEID=2"),
-        ("mpirun", {}, "mpirun.*allowed: auto, local, torchrun, srun"),
+        ("mpirun", {}, "mpirun.*allowed: auto, local, torchrun, srun, mpi"),
     ],
 )
 def test_contradictions_are_refused(launcher, environ, message):
@@ -232,7 +299,7 @@ class TestSpawn:
         assert spawn(3, ["lose_a_peer"], module="launch_worker") == 4
         err = capfd.readouterr().err
         assert "rank 1 of 3" in err
-        assert "SIGKILL" in err
+        assert "SIGKILL, probably out of memory: the limit is " in err
 
     def test_restarts_after_a_kill(self, tmp_path, capfd):
         assert spawn(2, ["fail_first", str(tmp_path)], 2, module="launch_worker") == 0

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from portmoe.accelerator.host_memory import likely_cause
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -78,7 +80,8 @@ def _end(child: subprocess.Popen[bytes], deadline: float, timeout: float) -> str
         child.wait()
         return f"did not end within {timeout:g} s"
     if code < 0:
-        return f"ended by {signal.Signals(-code).name}"
+        why = f", {likely_cause()}," if code == -signal.SIGKILL else ""
+        return f"ended by {signal.Signals(-code).name}{why}"
     return f"ended with exit code {code}" if code else None
 
 
