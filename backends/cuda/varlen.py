@@ -7,7 +7,7 @@ import torch
 
 from portmoe.accelerator.probing import describe
 from portmoe.backends.torch import ops as torch_ops
-from portmoe.ops.attention import Segments, check_covers
+from portmoe.ops.attention import GROUPED_HEADS, Segments, check_covers
 from portmoe.ops.operation import Implementation
 from portmoe.ops.workload import Workload
 
@@ -17,17 +17,18 @@ WIDEST_HEAD, HEAD_MULTIPLE = 256, 8
 
 
 def attention(
-    q_TND: torch.Tensor, k_TND: torch.Tensor, v_TND: torch.Tensor, segments: Segments, scale: float
+    q_TND: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, segments: Segments, scale: float
 ) -> torch.Tensor:
     """One call for all segments; where they are of one length, or there are none, as SDPA takes them."""
     check_covers(segments, q_TND)
     if segments.equal_length is not None or not segments.lengths:
-        return torch_ops.ATTENTION_SDPA.function(q_TND, k_TND, v_TND, segments, scale)
+        return torch_ops.ATTENTION_SDPA.function(q_TND, k_TGD, v_TGD, segments, scale)
     from torch.nn.attention.varlen import varlen_attn
 
     offsets, longest = _offsets(segments, q_TND.device), max(segments.lengths)
+    grouped = {"enable_gqa": True} if k_TGD.shape[1] != q_TND.shape[1] else {}
     return varlen_attn(
-        q_TND, k_TND, v_TND, offsets, offsets, longest, longest, scale=scale, window_size=CAUSAL
+        q_TND, k_TGD, v_TGD, offsets, offsets, longest, longest, scale=scale, window_size=CAUSAL, **grouped
     )
 
 
@@ -51,7 +52,10 @@ def supports(workload: Workload) -> str | None:
         from torch.nn.attention.varlen import varlen_attn
     except Exception as error:
         return f"torch {torch.__version__} has no varlen_attn: {describe(error)}"
-    if lacking := {"scale", "window_size"} - signature(varlen_attn).parameters.keys():
+    needed = {"scale", "window_size"}
+    if workload.kv_heads not in (None, workload.heads):
+        needed.add("enable_gqa")
+    if lacking := needed - signature(varlen_attn).parameters.keys():
         return f"varlen_attn of torch {torch.__version__} has no {' and no '.join(sorted(lacking))}"
     if (
         workload.device.type == "cuda"
@@ -61,4 +65,6 @@ def supports(workload: Workload) -> str | None:
     return None
 
 
-ATTENTION_VARLEN = Implementation("attention", "varlen", attention, supports, "model.use_flash_attn")
+ATTENTION_VARLEN = Implementation(
+    "attention", "varlen", attention, supports, "model.use_flash_attn", handles=(GROUPED_HEADS,)
+)

@@ -10,6 +10,10 @@ import torch
 from portmoe.ops.operation import Operation, Sample, draw, rounding
 from portmoe.ops.workload import Workload
 
+GROUPED_HEADS = "fewer heads of k and v than of q"
+VALUE_WIDTH = "values of another width than keys"
+LOG_SUM = "the logarithm of the softmax's sum as a result"
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -41,28 +45,43 @@ class Segments:
 
 
 def attention(
-    q_TND: torch.Tensor, k_TND: torch.Tensor, v_TND: torch.Tensor, segments: Segments, scale: float
-) -> torch.Tensor:
+    q_TND: torch.Tensor,
+    k_TGD: torch.Tensor,
+    v_TGW: torch.Tensor,
+    segments: Segments,
+    scale: float,
+    log_sum: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale · q kᵀ) v, each token attending to itself and the tokens before it in its segment.
 
     Args:
-        q_TND, k_TND, v_TND: [T, N, D], one floating dtype.
+        q_TND, k_TGD: [T, N, D] and [T, G, D], one floating dtype. N is a multiple of G, and the heads
+            n·N/G … (n + 1)·N/G − 1 of q share head n of k and v (Ainslie et al., 2023).
+        v_TGW: [T, G, W] in the same dtype; W need not be D.
         segments: with ``segments.total`` = T.
         scale: above 0, usually 1/sqrt(D).
+        log_sum: also return the logarithm of each softmax's denominator, by which parts of an attention
+            over different keys are put together.
 
     Returns:
-        [T, N, D] in q's dtype; scores, softmax and sums in float32. Memory here grows with N·T².
+        [T, N, W] in q's dtype; scores, softmax and sums in float32. Memory here grows with N·T².
+        With ``log_sum`` also log Σ exp(scale · q·k) over the keys seen, [T, N] float32, differentiable.
+
+    An implementation names in ``handles`` what it takes of GROUPED_HEADS (G < N), VALUE_WIDTH (W ≠ D) and
+    LOG_SUM.
 
     Raises:
         ValueError: the segments do not cover exactly the T tokens.
     """
     check_covers(segments, q_TND)
     wide = torch.promote_types(q_TND.dtype, torch.float32)
-    q_NTD, k_NTD, v_NTD = (t.to(wide).transpose(0, 1) for t in (q_TND, k_TND, v_TND))
+    q_NTD, k_GTD, v_GTW = (t.to(wide).transpose(0, 1) for t in (q_TND, k_TGD, v_TGW))
+    shared = q_NTD.shape[0] // k_GTD.shape[0]
+    k_NTD, v_NTW = (t.repeat_interleave(shared, dim=0) if shared > 1 else t for t in (k_GTD, v_GTW))
     scores_NTT = (q_NTD @ k_NTD.transpose(1, 2)) * scale
-    hidden_TT = ~_visible(segments, q_TND.device)
-    probabilities_NTT = torch.softmax(scores_NTT.masked_fill(hidden_TT, -math.inf), dim=-1)
-    return (probabilities_NTT @ v_NTD).transpose(0, 1).to(q_TND.dtype)
+    scores_NTT = scores_NTT.masked_fill(~_visible(segments, q_TND.device), -math.inf)
+    out_TNW = (torch.softmax(scores_NTT, dim=-1) @ v_NTW).transpose(0, 1).to(q_TND.dtype)
+    return (out_TNW, scores_NTT.logsumexp(dim=-1).t()) if log_sum else out_TNW
 
 
 def check_covers(segments: Segments, q_TND: torch.Tensor) -> None:
@@ -92,19 +111,35 @@ def samples(workload: Workload, generator: torch.Generator) -> Sequence[Sample]:
     order = [("equal segments", equal), ("unequal segments", unequal)]
     if not workload.equal_segments:
         order.reverse()
-    scale = 1 / math.sqrt(workload.head_dim)
-    shape = (tokens, workload.heads, workload.head_dim)
+    scale, options = 1 / math.sqrt(workload.head_dim), {"log_sum": True} if workload.log_sum else {}
+    groups = workload.kv_heads or workload.heads
+    q_shape = (tokens, workload.heads, workload.head_dim)
+    k_shape = (tokens, groups, workload.head_dim)
+    v_shape = (tokens, groups, workload.value_dim or workload.head_dim)
+
+    def drawn(*shapes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(draw(shape, workload, generator) for shape in shapes)
+
     made = [
-        Sample(label, (*(draw(shape, workload, generator) for _ in range(3)), segments, scale))
+        Sample(label, (*drawn(q_shape, k_shape, v_shape), segments, scale), options)
         for label, segments in order
     ]
     # Scores of exactly ±96, whose exponential float32 cannot hold; their gradient would be rounding alone.
-    q_TND, k_TND = (torch.zeros(shape) for _ in range(2))
-    q_TND[..., 0] = k_TND[..., 0] = 16
-    k_TND[..., 0] *= torch.randint(2, (tokens, 1), generator=generator) * 2 - 1
-    q_TND, k_TND = (t.to(workload.device, workload.dtype) for t in (q_TND, k_TND))
-    v_TND = draw(shape, workload, generator)
-    return [*made, Sample("large scores", (q_TND, k_TND, v_TND, equal, 0.375))]
+    q_TND, k_TGD = torch.zeros(q_shape), torch.zeros(k_shape)
+    q_TND[..., 0] = k_TGD[..., 0] = 16
+    k_TGD[..., 0] *= torch.randint(2, (tokens, 1), generator=generator) * 2 - 1
+    q_TND, k_TGD = (t.to(workload.device, workload.dtype) for t in (q_TND, k_TGD))
+    (v_TGW,) = drawn(v_shape)
+    return [*made, Sample("large scores", (q_TND, k_TGD, v_TGW, equal, 0.375), options)]
+
+
+def needs(workload: Workload) -> tuple[str, ...]:
+    parts = {
+        GROUPED_HEADS: workload.kv_heads not in (None, workload.heads),
+        VALUE_WIDTH: workload.value_dim not in (None, workload.head_dim),
+        LOG_SUM: workload.log_sum,
+    }
+    return tuple(part for part, needed in parts.items() if needed)
 
 
 # In 16-bit types probabilities, their gradient, the output and the result are rounded, which leaves a number
@@ -112,4 +147,4 @@ def samples(workload: Workload, generator: torch.Generator) -> Sequence[Sample]:
 # large as the root mean square, and the worst of ten thousand numbers lies 4.5 deviations out:
 # 6 · 4.5 / 2 = 13.5 eps. In float32 the logarithm of a sum of exponentials carries the rounding of scores
 # near 100.
-ATTENTION = Operation("attention", attention, samples, rounding(16, sums=16))
+ATTENTION = Operation("attention", attention, samples, rounding(16, sums=16), needs)

@@ -31,6 +31,7 @@ class Workload:
     random_drops: bool = False  # the gating draws which tokens an expert keeps
     kv_heads: int | None = None  # heads of k and v; None: as many as q has
     value_dim: int | None = None  # Dv, the width of v's heads; None: D
+    log_sum: bool = False  # attention's result is to be put together with others
     vocab_parts: int = 1  # ranks the classes are cut over
     rows: int | None = None  # R, of the experts' ragged buffer; None: K·S
     dropless: bool = False  # of a ragged buffer: each choice has a row, and each row a choice

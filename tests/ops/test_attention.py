@@ -5,23 +5,36 @@ from itertools import pairwise
 
 import pytest
 import torch
+from agreement import workload
 
 from portmoe.backends.torch import ops as torch_ops
-from portmoe.ops import Segments, attention
+from portmoe.config import Config
+from portmoe.families.internlm_moe.section import ModelConfig
+from portmoe.ops import OPERATIONS, Implementation, Segments, attention, choose
 
 FUNCTIONS = {"reference": attention, "sdpa": torch_ops.ATTENTION_SDPA.function}
 OFFSETS = [(0, 1), (0, 12), (0, 4, 8, 12), (0, 1, 2, 3), (0, 1, 4, 11, 12), (0, 5, 10, 13), (0, 2, 9, 11, 18)]
 
 
 def query_by_query(q, k, v, offsets, scale):
-    out = torch.zeros_like(q)
+    return both_query_by_query(q, k, v, offsets, scale)[0]
+
+
+def both_query_by_query(q, k, v, offsets, scale):
+    """The result and the logarithm of the sum of exponentials."""
+    out, log_sum, shared = (
+        q.new_zeros(*q.shape[:2], v.shape[2]),
+        q.new_zeros(q.shape[:2]),
+        q.shape[1] // k.shape[1],
+    )
     for start, end in pairwise(offsets):
         for t in range(start, end):
             for n in range(q.shape[1]):
-                scores = k[start : t + 1, n] @ q[t, n] * scale
+                scores = k[start : t + 1, n // shared] @ q[t, n] * scale
                 powers = (scores - scores.max()).exp()
-                out[t, n] = (powers / powers.sum()) @ v[start : t + 1, n]
-    return out
+                out[t, n] = (powers / powers.sum()) @ v[start : t + 1, n // shared]
+                log_sum[t, n] = powers.sum().log() + scores.max()
+    return out, log_sum
 
 
 def inputs(tokens, dtype, seed=0):
@@ -45,6 +58,54 @@ def test_forward_and_gradients(function, offsets, dtype, tolerance):
     theirs = torch.autograd.grad(expected, doubles, grad.double())
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+@pytest.mark.parametrize("offsets", [(0, 4, 8, 12), (0, 1, 4, 11, 12), (0,)], ids=str)
+@pytest.mark.parametrize("widths", [(8, 8), (8, 5), (8, 11)], ids=str)
+@pytest.mark.parametrize(("heads", "groups"), [(2, 2), (6, 2), (4, 1)])
+def test_grouped_heads_and_values_of_another_width(function, offsets, widths, heads, groups):
+    generator, tokens = torch.Generator().manual_seed(heads), offsets[-1]
+    shapes = (heads, widths[0]), (groups, widths[0]), (groups, widths[1])
+    leaves = [torch.randn(tokens, *shape, generator=generator).requires_grad_() for shape in shapes]
+    out = function(*leaves, Segments(offsets), 0.3)
+    assert out.shape == (tokens, heads, widths[1])
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    expected = query_by_query(*doubles, offsets, 0.3) if tokens else out.double()
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    if tokens:
+        grad = torch.randn(out.shape, generator=generator)
+        ours = torch.autograd.grad(out, leaves, grad)
+        for a, b in zip(ours, torch.autograd.grad(expected, doubles, grad.double()), strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_logarithm_of_the_sum_and_its_gradients():
+    leaves, offsets = inputs(12, torch.float32), (0, 1, 4, 11, 12)
+    out, log_sum_TN = attention(*leaves, Segments(offsets), 0.3, log_sum=True)
+    assert (log_sum_TN.dtype, log_sum_TN.shape) == (torch.float32, (12, 2))
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    theirs = both_query_by_query(*doubles, offsets, 0.3)
+    for value, expected in zip((out, log_sum_TN), theirs, strict=True):
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
+    ours = torch.autograd.grad(out.sum() + log_sum_TN.sum(), leaves[:2])
+    for a, b in zip(ours, torch.autograd.grad(theirs[0].sum() + theirs[1].sum(), doubles[:2]), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_what_an_implementation_does_not_take_is_computed_by_the_reference():
+    operations = {"attention": OPERATIONS["attention"]}
+    offered = [torch_ops.ATTENTION_SDPA, Implementation("attention", "of_today", print)]
+    for changes, chosen, lacking in (
+        ({"heads": 4, "kv_heads": 2}, "sdpa", "it does not take fewer heads of k and v than of q"),
+        ({"value_dim": 12}, "sdpa", "it does not take values of another width than keys"),
+        ({"log_sum": True}, "reference", "it does not take the logarithm of the softmax's sum as a result"),
+    ):
+        record = choose(
+            operations, offered, workload(**changes), Config(model=ModelConfig(use_flash_attn=True))
+        ).record()["attention"]
+        assert record["chosen"] == chosen
+        assert record["candidates"][1]["reason"] == lacking
 
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)

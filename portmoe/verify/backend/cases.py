@@ -68,8 +68,13 @@ SHAPES: dict[str, Workload] = {
 }
 
 # Tried where the operation's contract has an optional part that they make use of.
-SHAPES |= {"a cut vocabulary": replace(_BASE, vocab=29, vocab_parts=3)}
-OPTIONAL = {"a cut vocabulary"}
+OPTIONAL = {
+    "a cut vocabulary": replace(_BASE, vocab=29, vocab_parts=3),
+    "grouped heads": replace(_BASE, tokens=37, seq_len=37, heads=6, kv_heads=2),
+    "wide values": replace(_BASE, heads=4, kv_heads=2, head_dim=8, value_dim=12),
+    "log-sum-exp": replace(_BASE, log_sum=True),
+}
+SHAPES |= OPTIONAL
 
 
 @dataclass(frozen=True)

@@ -211,3 +211,24 @@ fault("attention", "heads and tokens are mixed up")(
 fault("attention", "the value's gradient is 1 % too small")(
     lambda q, k, v, s, scale: ops.attention(q, k, Scaled.apply(v, 0.99), s, scale)
 )
+
+fault("attention", "the heads of a group are not neighbours", shapes="grouped heads")(
+    lambda q, k, v, segments, scale: ops.attention(
+        q, *(t.repeat(1, q.shape[1] // t.shape[1], 1) for t in (k, v)), segments, scale
+    )
+)
+fault("attention", "values are cut to the keys' width", shapes="wide values")(
+    lambda q, k, v, segments, scale: F.pad(
+        ops.attention(q, k, v[..., : q.shape[-1]], segments, scale), (0, v.shape[-1] - q.shape[-1])
+    )
+)
+fault("attention", "the logarithm is that of base two", shapes="log-sum-exp")(
+    lambda q, k, v, segments, scale, log_sum: (lambda out, log_sum_TN: (out, log_sum_TN / math.log(2)))(
+        *ops.attention(q, k, v, segments, scale, log_sum)
+    )
+)
+fault("attention", "the logarithm has no gradient", shapes="log-sum-exp")(
+    lambda q, k, v, segments, scale, log_sum: (lambda out, log_sum_TN: (out, log_sum_TN.detach()))(
+        *ops.attention(q, k, v, segments, scale, log_sum)
+    )
+)
