@@ -10,8 +10,9 @@ import torch
 
 from portmoe.accelerator.probing import describe
 from portmoe.backends.torch import dispatch as gather
+from portmoe.ops.gating import running_count
 from portmoe.ops.operation import Implementation
-from portmoe.ops.routing import Routing, running_count
+from portmoe.ops.routing import Routing
 from portmoe.ops.topk_gating import topk_gating_by
 from portmoe.ops.workload import Workload
 

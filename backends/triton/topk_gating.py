@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from portmoe.ops.routing import Routing, check_choices, probabilities
+from portmoe.ops.gating import probabilities
+from portmoe.ops.routing import Routing, check_choices
 from portmoe.ops.topk_gating import NoisyGatePolicy, topk_capacity
 from portmoe.ops.topk_gating import topk_gating as plain_topk_gating
 

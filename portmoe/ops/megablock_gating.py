@@ -4,15 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
+from portmoe.ops.gating import assign_slots, balance_loss, choose_experts, chosen_scores, probabilities
 from portmoe.ops.operation import Operation, Sample, rounding
-from portmoe.ops.routing import (
-    Routing,
-    check_choices,
-    gating_logits,
-    probabilities,
-    running_count,
-    top_experts,
-)
+from portmoe.ops.routing import Routing, check_choices, gating_logits
 from portmoe.ops.workload import Workload
 
 
@@ -46,9 +40,8 @@ def megablock_gating(
     check_choices(logits_SE, k)
     tokens, experts = logits_SE.shape
     gate_SE = probabilities(logits_SE)
-    expert_KS = top_experts(gate_SE, k)
-    slot_A, count_E = running_count(expert_KS.t().flatten(), experts)
-    slot_KS = slot_A.view(tokens, k).t()
+    expert_KS = choose_experts(gate_SE, k)
+    slot_KS, count_E = assign_slots(expert_KS, experts, by_token=True)
 
     if dropless:
         capacity = tokens
@@ -57,9 +50,9 @@ def megablock_gating(
     else:
         capacity = int(count_E.max())
 
-    chosen_KS = gate_SE.gather(1, expert_KS.t()).t()
+    chosen_KS = chosen_scores(gate_SE, expert_KS)
     weight_KS = chosen_KS / chosen_KS.sum(0) * (slot_KS < capacity)
-    aux_loss = experts * (gate_SE.sum(0) * count_E).sum() / (max(1, tokens) ** 2 * k)
+    aux_loss = balance_loss(gate_SE, count_E, k)
     return Routing(expert_KS, slot_KS, weight_KS, capacity, aux_loss, count_E)
 
 

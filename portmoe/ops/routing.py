@@ -68,40 +68,6 @@ class Routing:
 _pytree.register_dataclass(Routing)
 
 
-def running_count(expert_A: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Number the assignments of each expert in the order they are listed.
-
-    Args:
-        expert_A: [A] int64 in 0 … experts − 1, an expert per assignment.
-
-    Returns:
-        slot_A, how many earlier assignments chose the same expert; count_E, how many did in all.
-    """
-    sorted_A, order_A = expert_A.sort(stable=True)
-    ends_E = torch.searchsorted(sorted_A, torch.arange(experts, device=expert_A.device), right=True)
-    count_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1))
-    place_A = torch.arange(expert_A.numel(), device=expert_A.device)
-    slot_A = torch.empty_like(place_A).scatter_(0, order_A, place_A - (ends_E - count_E)[sorted_A])
-    return slot_A, count_E
-
-
-def probabilities(logits_SE: torch.Tensor) -> torch.Tensor:
-    """softmax over the experts in float32."""
-    return torch.softmax(logits_SE.to(torch.promote_types(logits_SE.dtype, torch.float32)), dim=1)
-
-
-def top_experts(gate_SE: torch.Tensor, k: int) -> torch.Tensor:
-    """[K, S] int64: the k experts of highest probability, first choice first, the lower index on a tie.
-
-    By k rounds of ``argmax``, which takes the first of equal values; ``topk`` leaves their order open.
-    """
-    left_SE, rounds = gate_SE.detach().clone(), []
-    for _ in range(k):
-        rounds.append(left_SE.argmax(dim=1))
-        left_SE.scatter_(1, rounds[-1].unsqueeze(1), -1.0)  # below every probability
-    return torch.stack(rounds)
-
-
 def gating_logits(workload: Workload, generator: torch.Generator, tokens: int | None = None) -> torch.Tensor:
     """Sample logits [S, E], float32 multiples of 2⁻¹⁰: equal or well apart, so that no rounding decides."""
     shape = (workload.tokens if tokens is None else tokens, workload.experts)

@@ -6,20 +6,22 @@ finds its expert full is dropped, and the weights are g normalised over a token'
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
-from portmoe.ops.operation import Operation, Sample, rounding
-from portmoe.ops.routing import (
-    Routing,
-    check_choices,
-    gating_logits,
+from portmoe.ops.gating import (
+    Count,
+    assign_slots,
+    balance_loss,
+    choose_experts,
+    chosen_scores,
     probabilities,
     running_count,
-    top_experts,
 )
+from portmoe.ops.operation import Operation, Sample, rounding
+from portmoe.ops.routing import Routing, check_choices, gating_logits
 from portmoe.ops.workload import Workload
 
 NoisyGatePolicy = Literal["Jitter", "RSample"] | None
@@ -77,7 +79,7 @@ def topk_gating(
 
 
 def topk_gating_by(
-    count: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]],
+    count: Count,
     logits_SE: torch.Tensor,
     k: int,
     capacity_factor: float,
@@ -97,38 +99,31 @@ def topk_gating_by(
     gate_SE = probabilities(logits_SE)
     capacity = topk_capacity(tokens, experts, k, capacity_factor, min_capacity)
 
-    expert_KS = top_experts(gate_SE, k)
+    expert_KS = choose_experts(gate_SE, k)
     if k == 1 and noisy_gate_policy == "RSample":
         expert_KS = _noisy(logits_SE, generator).argmax(dim=1).unsqueeze(0)
     elif k == 2 and not use_fused_gating:
         others_SE = _noisy(logits_SE, generator).scatter(1, expert_KS[0].unsqueeze(1), -math.inf)
         expert_KS = torch.stack([expert_KS[0], others_SE.argmax(dim=1)])
 
-    slot_A, count_E = count(expert_KS.flatten(), experts)
-    slot_KS = slot_A.view(k, tokens)
+    slot_KS, count_E = assign_slots(expert_KS, experts, count=count)
     if k == 1 and not drop_tokens:
         capacity = int(count_E.max())
     elif k == 1 and use_rts:
         slot_KS = _random_selection(expert_KS[0], experts, capacity, generator).unsqueeze(0)
 
     kept_KS = slot_KS < capacity
-    weight_KS = gate_SE.gather(1, expert_KS.t()).t() * kept_KS
+    weight_KS = chosen_scores(gate_SE, expert_KS) * kept_KS
     if k > 1:
         weight_KS = weight_KS / weight_KS.sum(0).clamp(min=torch.finfo(torch.float32).eps)
-    aux_loss = _balance(gate_SE, expert_KS[0])
+    first_E = count_E if k == 1 else running_count(expert_KS[0], experts)[1]
+    aux_loss = balance_loss(gate_SE, first_E, 1)
     return Routing(expert_KS, slot_KS, weight_KS, capacity, aux_loss, count_E)
 
 
 def topk_capacity(tokens: int, experts: int, k: int, capacity_factor: float, min_capacity: int) -> int:
     """C = max(min_capacity, ceil(S/E · capacity_factor · k)), in float64 and in this order."""
     return max(min_capacity, math.ceil(tokens / experts * capacity_factor * k))
-
-
-def _balance(gate_SE: torch.Tensor, first_S: torch.Tensor) -> torch.Tensor:
-    """E² · mean_e(mean_s g · mean_s first choice); both means are taken as 0 for S = 0."""
-    tokens, experts = gate_SE.shape
-    _, count_E = running_count(first_S, experts)
-    return experts * (gate_SE.sum(0) * count_E).sum() / max(1, tokens) ** 2
 
 
 def _noisy(logits_SE: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:

@@ -26,7 +26,7 @@ from portmoe.model.decoder import Decoder
 from portmoe.model.moe import MoELayer
 from portmoe.model.router import jitter_noise
 from portmoe.ops import Routing
-from portmoe.ops.routing import running_count
+from portmoe.ops.gating import running_count
 from portmoe.parallel.all_to_all import all_to_all
 from portmoe.parallel.tensor import Region
 

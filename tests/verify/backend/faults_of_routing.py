@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from planting import Backward, Scaled, fault
 
 from portmoe import ops
-from portmoe.ops.routing import Routing, probabilities, running_count, top_experts
+from portmoe.ops.gating import choose_experts, probabilities, running_count
+from portmoe.ops.routing import Routing
 from portmoe.ops.topk_gating import topk_capacity
 
 # --- router ---------------------------------------------------------------------------------------
@@ -36,7 +37,7 @@ def gating(
     capacity_factor,
     min_capacity,
     *,
-    choose=top_experts,
+    choose=choose_experts,
     order=lambda e: e.flatten(),
     unorder=lambda s, k: s.view(k, -1),
     renormalise="after",
@@ -73,7 +74,7 @@ def gating(
 
 
 def higher_on_ties(gate, k):
-    return gate.shape[1] - 1 - top_experts(gate.flip(1), k)
+    return gate.shape[1] - 1 - choose_experts(gate.flip(1), k)
 
 
 def balance(gate, weights):
