@@ -22,12 +22,12 @@ from torch import nn
 
 from portmoe.config import Config
 from portmoe.data.batch import Batch
+from portmoe.model.precision import local_tensor
 from portmoe.ops import OPERATIONS, Segments, choose
 from portmoe.parallel.layout import Layout
 from portmoe.parallel.mesh import build_meshes
 from portmoe.parallel.workload import workload_of
 from portmoe.training.engine import NativeEngine
-from portmoe.training.optimizer import local
 from portmoe.training.schedule import learning_rate
 
 STEPS = 20  # of the comparison of losses
@@ -91,7 +91,7 @@ class Ours:
         """Copy the weights of a Mixtral of the same shape."""
         named = dict(theirs.named_parameters())
         for name, parameter in self.engine.optimizer.parameters.items():
-            local(parameter.detach()).copy_(_their_weight(name, named))
+            local_tensor(parameter.detach()).copy_(_their_weight(name, named))
 
 
 def _their_weight(name: str, theirs: Mapping[str, torch.Tensor]) -> torch.Tensor:

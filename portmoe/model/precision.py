@@ -23,7 +23,11 @@ def compute_dtype(model: ModelSection) -> torch.dtype:
     return _DTYPES[model.dtype]
 
 
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a sharded tensor, a view; a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def computed(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What a module computes with: the part of ``parameter`` that lies on this rank, in ``dtype``."""
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return local.to(dtype)
+    return local_tensor(parameter).to(dtype)

@@ -32,7 +32,7 @@ from portmoe.model.feed_forward import FeedForward
 from portmoe.model.linear import Linear
 from portmoe.model.moe import MoELayer
 from portmoe.model.norm import RMSNorm
-from portmoe.model.precision import computed
+from portmoe.model.precision import computed, local_tensor
 from portmoe.model.router import Router
 from portmoe.ops import Routing
 from portmoe.parallel.regather import regathered
@@ -150,7 +150,7 @@ def sum_gradients(model: nn.Module, region: Region | None) -> None:
     if region is None or region.mesh.size() == 1:
         return
     gradients = [p.grad for p in summed_parameters(model, region) if p.grad is not None]
-    shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    shards = [local_tensor(g) for g in gradients]
     if not shards:
         return
     flat = torch.cat([shard.flatten() for shard in shards])

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 
 from portmoe.costs.parameters import exact_modules
 from portmoe.model.decoder import Decoder
+from portmoe.model.precision import local_tensor
 from portmoe.parallel.expert import all_experts
 from portmoe.parallel.mesh import Meshes
 
@@ -67,8 +68,8 @@ def _cut(parameter: nn.Parameter, parts: int) -> Shard:
 
     Four experts on 32 ranks are thus cut along their width: every rank has state of its own.
     """
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return Shard(next((dim for dim, size in enumerate(local.shape) if size % parts == 0), 0))
+    shape = local_tensor(parameter).shape
+    return Shard(next((dim for dim, size in enumerate(shape) if size % parts == 0), 0))
 
 
 def begin_micro_batch(model: Decoder, last: bool) -> None:

@@ -9,12 +9,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from portmoe.config.sections.optimization import AdamConfig
+from portmoe.model.precision import local_tensor
 from portmoe.parallel.zero import cut_further, gather_updates
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a sharded tensor; a plain tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class Optimizer:
@@ -60,7 +56,7 @@ class Optimizer:
         Each rank adds the squares it holds, divided by how many ranks hold the same part; the sum over
         all ranks is then right for every mixture of sharding and replication. One collective for all.
         """
-        gradients = [local(p.grad) for p in self.parameters.values()]
+        gradients = [local_tensor(p.grad) for p in self.parameters.values()]
         norms_P = torch.stack(torch._foreach_norm(gradients)).cpu().double()
         squares = torch.zeros(len(self.groups) * self._places, dtype=torch.float64)
         squares.index_add_(0, self._place_P, norms_P.square() / self._replicas_P)
@@ -84,16 +80,16 @@ class Optimizer:
 
     def step(self, *, lr: float, beta2: float, gradient_scale: float) -> None:
         """One update with gradients multiplied by ``gradient_scale`` (unscaling and clipping in one)."""
-        gradients = [local(self._part(p, p.grad)) for p in self.parameters.values()]
+        gradients = [local_tensor(self._part(p, p.grad)) for p in self.parameters.values()]
         if gradient_scale != 1.0:
             torch._foreach_mul_(gradients, gradient_scale)
         self.updates += 1
         parts = [self._part(p) for p in self.parameters.values()]
         self._adamw(
-            [local(part) for part in parts],
+            [local_tensor(part) for part in parts],
             gradients,
-            [local(t) for t in self.exp_avg.values()],
-            [local(t) for t in self.exp_avg_sq.values()],
+            [local_tensor(t) for t in self.exp_avg.values()],
+            [local_tensor(t) for t in self.exp_avg_sq.values()],
             self.updates,
             lr=lr,
             beta1=self._config.adam_beta1,
