@@ -52,8 +52,12 @@ def import_(source: str, output: str | None, force: bool) -> None:
         click.echo("warning: keys of the model were left out: this may be another model", err=True)
     if imported.defaults:
         click.echo(
-            f"note: not in the file, so portmoe's defaults hold: {', '.join(imported.defaults)}", err=True
+            f"note: not in the file, so InternEvo's defaults hold, and portmoe's where it has none: "
+            f"{', '.join(imported.defaults)}",
+            err=True,
         )
+    for note in imported.notes:
+        click.echo(f"note: {note}", err=True)
     _show_notes(resolved)
 
 

@@ -7,8 +7,9 @@ import click
 
 from portmoe.accelerator.discovery import AUTO, find, prepare
 from portmoe.cli.options import config_options
+from portmoe.config.checks import of_the_data
 from portmoe.config.read import config_name, load_config
-from portmoe.errors import BackendError
+from portmoe.errors import BackendError, ConfigError
 from portmoe.launch.address import with_known_address
 from portmoe.launch.interrupt import exit_code
 from portmoe.launch.ranks import LAUNCHERS, detect
@@ -76,6 +77,8 @@ def train(
     ranks = nproc if dry_run or nproc > 1 else _started(launcher)
     if nproc > 1 and not dry_run:
         _refuse_inside_of_a_launch(nproc, launcher)
+    if problems := list(of_the_data(config)):
+        raise ConfigError(f"{name}: {problems[0]}")
     Layout.plan(config, world_size or ranks)
     require_engine(config)
     prepare(backend)

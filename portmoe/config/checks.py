@@ -31,12 +31,6 @@ def _of_the_model(config: "Tree", model: "Architecture") -> Iterator[str]:
             f"lr_scheduler.eta_min={config.lr_scheduler.eta_min:g} must be at most "
             f"adam.lr={config.adam.lr:g}; change one of the two"
         )
-    token = config.data.largest_token()
-    if token is not None and token >= model.vocabulary:
-        yield (
-            f"{keys['vocabulary']}={model.vocabulary} is too small: with data.seq_len={config.data.seq_len} "
-            f"the dummy data holds tokens up to {token}; set {keys['vocabulary']} to {token + 1} or more"
-        )
 
 
 def _of_the_parallel_sizes(config: "Tree", model: "Architecture") -> Iterator[str]:
@@ -97,4 +91,15 @@ def _of_the_engine(config: "Tree") -> Iterator[str]:
         yield (
             "parallel.zero1.fsdp=true is not possible with trainer.engine='deepspeed'; set it to false and "
             "trainer.deepspeed.zero_stage to 3, which shards parameters too"
+        )
+
+
+def of_the_data(config: "Tree") -> Iterator[str]:
+    """What keeps this model from training on this data; asked where training is meant, not of any config."""
+    model, token = config.architecture, config.data.largest_token()
+    if token is not None and token >= model.vocabulary:
+        key = model.keys["vocabulary"]
+        yield (
+            f"{key}={model.vocabulary} is too small: with data.seq_len={config.data.seq_len} the dummy data "
+            f"holds tokens up to {token}; set {key} to {token + 1} or more, or data.train_folder"
         )

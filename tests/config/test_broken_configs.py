@@ -154,7 +154,6 @@ def test_a_value_where_a_section_belongs(section, folder):
             {"model": {"num_experts": 2}, "moe": {"top_k": 3}},
             "moe.top_k=3 must be at most model.num_experts=2",
         ),
-        ({"model": {"vocab_size": 4064}}, "model.vocab_size=4064 is too small"),
         ({"model": {"first_k_dense_replace": 33}}, "model.first_k_dense_replace=33 must be at most"),
         ({"model": {"num_chunks": 2}}, "model.num_chunks=2 needs parallel.pipeline.size"),
         ({"model": {"dtype": "int8"}}, "model.dtype = 'int8': must be one of 'float32'"),

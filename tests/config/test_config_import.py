@@ -12,6 +12,7 @@ from portmoe.cli import main as command
 from portmoe.config.internevo.importer import import_config
 from portmoe.config.internevo.literals import Unreadable, read_assignments
 from portmoe.config.read import dump_config
+from portmoe.costs.parameters import count_parameters
 from portmoe.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +61,47 @@ def test_the_benchmarks_config_is_the_packaged_one():
         "monitor.alert.alert_file_path",  # left out
         "data.max_global_batch_size",  # a key of ours
     }
+
+
+DENSE_7B = """
+model = dict(num_attention_heads=32, vocab_size=103168, hidden_size=4096, num_layers=32, mlp_ratio=8/3,
+             dtype="torch.bfloat16")
+parallel = dict(zero1=8, tensor=1)
+"""
+
+
+@pytest.mark.parametrize("text", [DENSE_7B, f'model_type = "INTERNLM"{DENSE_7B}'])
+def test_without_a_type_the_model_is_dense_as_at_its_source(source, text):
+    imported = import_config(source(text))
+    assert count_parameters(imported.config).total == 7_321_948_160
+    assert imported.left_out == []
+
+
+def test_experts_of_a_dense_type_are_left_out_and_said(source):
+    imported = import_config(source("model = dict(num_layers=2, num_experts=4)"))
+    assert count_parameters(imported.config).experts == 0
+    assert [(item.key, item.line) for item in imported.left_out] == [("model.num_experts", 1)]
+    assert "is dense" in imported.left_out[0].why
+
+
+def test_what_the_file_does_not_give_is_what_its_program_takes_and_is_listed(source):
+    imported = import_config(source('model_type = "INTERNLM_MoE"\nadam = dict(lr=1e-6)'))
+    config = imported.config
+    assert (config.loss.moe_loss_coeff, config.hybrid_zero_optimizer.clip_grad_norm) == (1.0, 0.0)
+    assert (config.data.min_length, config.ckpt.enable_save_ckpt) == (0, True)
+    assert (config.model.dtype, config.model.num_experts, config.moe.top_k) == ("float16", 1, 1)
+    assert config.lr_scheduler.eta_min == 0.0  # with portmoe's it would be over the file's lr
+    sections = {name.partition(".")[0] for name in imported.defaults}
+    assert {"data", "ckpt", "loss", "hybrid_zero_optimizer", "grad_scaler", "parallel", "moe"} <= sections
+    assert not any(name.startswith("adam.lr =") for name in imported.defaults)
+
+
+def test_a_vocabulary_too_small_for_the_dummy_data_is_noted_and_no_obstacle(source, capsys):
+    path = source('model_type = "INTERNLM_MoE"\nmodel = dict(vocab_size=512, num_experts=4)')
+    assert command.run(["config", "import", str(path)]) == 0
+    told = capsys.readouterr().err
+    assert "note: model.vocab_size=512 is too small" in told
+    assert "names no data" in told
 
 
 def test_what_is_left_out_is_listed_with_its_line():
@@ -114,7 +156,6 @@ def test_carried_over(source, text, key, value):
         ),
         ('model = dict(moe_type="FMoe")', "model.moe_type", 2, "one of 'GShard'"),
         ("model = dict(hidden_size=64.5)", "model.hidden_size", 2, "an integer"),
-        ("model = 3", "model", 2, "a section with keys"),
         ('data = dict(train_folder="boto3:s3://x")', "data.train_folder", 2, "object store"),
         ("model = dict(num_experts=4, top_k=1)\nmoe = dict(top_k=2)", "moe.top_k", 3, "line 2 says 1"),
         ("generation = dict(beams=2)", "generation", 2, "no such key"),
@@ -224,9 +265,9 @@ def test_what_is_computed_is_named_with_its_line(source, statement, why, tmp_pat
         b"",
         b"\xef\xbb\xbf",
         "key: value",
-        "model = dict()",
-        'model_type = "INTERNLM"\nmodel = dict(num_layers=2)',
-        'model_type = "INTERNLM_MoE"\nadam = dict(lr=1e-9)',
+        'model = dict(type="LlavaModel", llm=dict(num_layers=2))',
+        "model = 3",
+        'model = "internlm/internlm-7b"\ndata = dict(seq_len=16)',
         b"x = 1\n" * 100_000,
     ],
     ids=range(19),
@@ -235,9 +276,8 @@ def test_no_file_ends_in_a_traceback(source, content, capsys):
     code = command.run(["config", "import", str(source(content))])
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
-    # A config of nothing but an empty model is a config; everything else here is refused.
-    assert code == (0 if content == "model = dict()" else 2)
-    assert code == 0 or captured.err.startswith("error: ")
+    assert code == 2
+    assert captured.err.startswith("error: ")
 
 
 @pytest.mark.parametrize("name", ["", "/", "missing.py", "7b_moe4", "a\0b", "\udcff"])
@@ -285,10 +325,11 @@ def test_without_output_the_result_is_printed_and_the_rest_goes_to_stderr(source
     path = source(MINIMAL + "model = dict(num_layers=7, extra=1)")
     assert command.run(["config", "import", str(path)]) == 0
     captured = capsys.readouterr()
-    assert yaml.safe_load(captured.out)["model"] == {"num_layers": 7}
+    assert yaml.safe_load(captured.out)["model"]["num_layers"] == 7
     assert "not carried over: line 2: model.extra = 1" in captured.err
     assert "may be another model" in captured.err
-    assert "model.hidden_size = 4096" in captured.err  # a default that holds
+    assert "model.hidden_size = 2048" in captured.err  # InternEvo's default, which holds
+    assert "loss.moe_loss_coeff = 1.0" in captured.err
 
 
 def test_config_still_prints_the_resolved_config(capsys):

@@ -13,12 +13,15 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from portmoe.config import yaml as config_yaml
+from portmoe.config.checks import of_the_data
+from portmoe.config.internevo.defaults import DEFAULTS, DENSE, MODEL_TYPE, SHAPE
 from portmoe.config.internevo.literals import ALLOWED, Lines, Unreadable, read_assignments
 from portmoe.config.keys import walk
 from portmoe.config.messages import sections, shorten, violations
 from portmoe.config.read import parse_config, read_text
 from portmoe.config.schema import Config
 from portmoe.errors import ConfigError
+from portmoe.families.registry import DEFAULT, families
 
 # Later releases moved keys between the sections.
 MOVED = {"model.top_k": "moe.top_k"}
@@ -61,13 +64,15 @@ class LeftOut:
 class Imported:
     """The outcome: ``tree`` holds what was carried over.
 
-    ``defaults``: keys of the model that the file does not give, each with portmoe's default.
+    ``defaults``: keys that the file does not give, each with the value it has then: InternEvo's default, or
+    portmoe's where InternEvo has no such key.
     """
 
     source: str
     tree: dict[str, Any]
     left_out: list[LeftOut]
     defaults: list[str]
+    notes: list[str]
 
     @property
     def config(self) -> Config:
@@ -112,9 +117,42 @@ def import_config(path: str | os.PathLike[str]) -> Imported:
     unread = [*found.unread, *(leaf.value for leaf in leaves if isinstance(leaf.value, Unreadable))]
     if unread:
         raise ConfigError(_not_read(source, unread))
+    _require_model(source, found.names)
+    leaves = _of_one_type(leaves, left_out)
     tree = _validated(source, leaves, left_out)
     left_out.sort(key=lambda item: item.line)
-    return Imported(source, tree, left_out, list(_defaults(tree)))
+    given = {leaf.path for leaf in leaves if leaf.line} - {item.key for item in left_out}
+    return Imported(source, tree, left_out, list(_defaults(tree, given)), _notes(tree))
+
+
+def _require_model(source: str, names: Lines) -> None:
+    """Refuse a ``model`` of which nothing is understood: the file is another program's."""
+    model = names.get("model", {})
+    known = {f"model.{key}" for key in _SECTIONS["model"].model_fields} | {*WHY_NOT, *MOVED, *MOVED_SECTIONS}
+    if model == {} or (isinstance(model, Lines) and any(f"model.{key}" in known for key in model)):
+        return
+    keys = ", ".join(key.removeprefix("model.") for key in SHAPE)
+    raise ConfigError(
+        f"{source}: line {names.lines['model']}: model = {_shown(model)}: it has none of the keys of "
+        f"InternEvo's models, as {keys}; the file seems to configure another program"
+    )
+
+
+def _of_one_type(leaves: Sequence[_Leaf], left_out: list[LeftOut]) -> list[_Leaf]:
+    """Without a ``model_type`` the model is InternEvo's dense one, whatever experts the file names."""
+    given = next((leaf for leaf in leaves if leaf.path == "model_type"), None)
+    if given is not None and given.value != MODEL_TYPE:
+        return list(leaves)
+    experts = [leaf for leaf in leaves if leaf.path == "model.num_experts" and leaf.value != 1]
+    left_out += [LeftOut(leaf.path, _shown(leaf.value), leaf.line, DENSE) for leaf in experts]
+    dense = MODEL_TYPE if MODEL_TYPE in families() else DEFAULT  # with one expert it is the same model
+    kept = [leaf for leaf in leaves if leaf not in experts and leaf is not given]
+    return [*kept, _Leaf("model_type", dense, given.line if given else 0)]
+
+
+def _notes(tree: dict[str, Any]) -> list[str]:
+    config = Config.model_validate(tree)
+    return [f"{problem}; the file names no data" for problem in of_the_data(config)]
 
 
 def _not_read(source: str, unread: Sequence[Unreadable]) -> str:
@@ -196,14 +234,20 @@ def _validated(source: str, leaves: Sequence[_Leaf], left_out: list[LeftOut]) ->
         ConfigError: the type of the model is another, or the keys contradict each other.
     """
     kept = {leaf.path: leaf for leaf in leaves}
+    absent = [_Leaf(path, value, 0) for path, value in DEFAULTS.items()]
     while True:
-        tree = _tree(kept.values())
+        tree = _tree([*(leaf for leaf in absent if leaf.path not in kept), *kept.values()])
         try:
             Config.model_validate(tree)
         except ValidationError as error:
             found = violations(error, tree)
         else:
             return tree
+        refused_paths = {v.path for v in found}
+        strangers = [leaf for leaf in absent if leaf.path in refused_paths and leaf.path not in kept]
+        if strangers:  # defaults of keys that this type of model does not have
+            absent = [leaf for leaf in absent if leaf not in strangers]
+            continue
         refused = {v.path: v for v in found if v.path in kept}
         if "model_type" in refused or not refused:
             where = "" if "model_type" in refused else "; correct the file and import it again"
@@ -236,9 +280,9 @@ def _shown(value: Any) -> str:
     return shorten(dict(value) if isinstance(value, Lines) else value)
 
 
-def _defaults(tree: dict[str, Any]) -> Iterator[str]:
-    """The keys that shape the model and are not in ``tree``, with the values they have then."""
-    for section in ("model", "moe"):
-        for name, field in _SECTIONS[section].model_fields.items():
-            if name not in tree.get(section, {}):
-                yield f"{section}.{name} = {shorten(field.default)}"
+def _defaults(tree: dict[str, Any], given: set[str]) -> Iterator[str]:
+    """The keys that the file does not give and that act, with the values they have then."""
+    for entry in walk(Config.model_validate(tree)):
+        of_ours = entry.path.partition(".")[0] in ("run", "ops", "trainer")
+        if entry.section is None and not entry.key.no_effect and not of_ours and entry.path not in given:
+            yield f"{entry.path} = {shorten(entry.value)}"
