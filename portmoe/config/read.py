@@ -30,7 +30,7 @@ def load_config(path_or_packaged_name: str | Path, overrides: Sequence[str] = ()
 
 
 def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
-    """As ``load_config``, from the file's content; ``source`` is its name in messages."""
+    """Return the config in a file's content, as ``load_config`` does; ``source`` is its name in messages."""
     tree = _parse(text, source)
     if tree is None:
         raise ConfigError(f"{source}: the file is empty; the smallest valid config is {{}}")

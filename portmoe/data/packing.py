@@ -99,6 +99,7 @@ class PackSequence:
         return int(self._ends[-1])
 
     def pack(self, index: int) -> Pack:
+        """Build one pack of one of the data sets."""
         if not 0 <= index < len(self):
             raise IndexError(f"pack {index} of {len(self)}")
         which = int(np.searchsorted(self._ends, index, side="right"))

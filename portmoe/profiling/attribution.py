@@ -19,7 +19,7 @@ BACKWARD_NODE = "autograd::engine::evaluate_function: "
 
 @dataclass
 class Usage:
-    """Of one part, summed over the profiled steps."""
+    """The time and memory of one part, summed over the profiled steps."""
 
     forward: float = 0.0  # seconds, also of what has no backward pass
     backward: float = 0.0
@@ -28,6 +28,7 @@ class Usage:
 
     @property
     def seconds(self) -> float:
+        """Forward and backward together."""
         return self.forward + self.backward
 
 

@@ -36,7 +36,7 @@ class Ceiling:
         return max(2 * n**3 / self._product_seconds(dtype, n) for n in sizes)
 
     def copy_bytes_per_second(self, size: int | None = None) -> float:
-        """Of a copy of ``size`` bytes, bytes read and bytes written counted."""
+        """Return the speed of a copy of ``size`` bytes, bytes read and bytes written counted."""
         size = size or (HOST_COPY_BYTES if self._part.on_host else COPY_BYTES)
         source = torch.ones(size, dtype=torch.uint8, device=self._device)
         target = torch.empty_like(source)

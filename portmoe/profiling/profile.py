@@ -51,6 +51,7 @@ class StepProfile:
     _profile: profile | None = field(default=None, repr=False)
 
     def before_step(self) -> None:
+        """Begin the profile where this is the first step to be profiled."""
         if self._seen == min(SKIPPED, self.steps - 1):
             known = supported_activities()
             self._profile = profile(activities=sorted(known, key=str), profile_memory=True)
@@ -103,7 +104,7 @@ def table(
     least: Mapping[str, Cost],
     peaks: tuple[float, float],
 ) -> str:
-    """Per part and step: milliseconds, their share, the least they could be, and memory.
+    """Return a table: per part and step milliseconds, their share, the least they could be, and memory.
 
     Args:
         seconds: of all profiled steps together, by the host's clock.

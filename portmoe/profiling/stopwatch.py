@@ -19,9 +19,11 @@ class Stopwatch:
         self._began: torch.Event | float | None = None
 
     def start(self) -> None:
+        """Begin a span."""
         self._began = self._mark()
 
     def stop(self) -> None:
+        """End the span that was begun last."""
         self._spans.append((self._began, self._mark()))
 
     def seconds(self) -> float:

@@ -13,7 +13,7 @@ ERASE_LINE = "\r\x1b[K"
 
 
 class Console:
-    """On a terminal one progress line, redrawn in place under the notes; elsewhere plain lines, one a step.
+    """Output: on a terminal one progress line, redrawn under the notes; elsewhere plain lines, one a step.
 
     A reader that goes away (``portmoe train | head``, a closed terminal) ends the output, not the run.
     """

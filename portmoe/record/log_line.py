@@ -153,7 +153,7 @@ def to_text(record: Mapping[str, Any], expert_ranks: int) -> str:
 
 
 def to_json(record: Mapping[str, Any]) -> str:
-    """One flat object on a line of strict JSON: nan and infinities, which it does not have, become null."""
+    """Return one flat object on a line of strict JSON: nan and infinities, which it lacks, become null."""
     return json_text(flat(record))
 
 

@@ -78,7 +78,7 @@ class RunDirectory:
         _write(self.path / name, text)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """As ``write``, of an object."""
+        """Write one object as JSON, as ``write`` does."""
         self.write(name, json_text(content, indent=2) + "\n")
 
     def end(self, state: str) -> None:

@@ -115,6 +115,7 @@ class _Window:
         self._value = 0.0
 
     def update(self, tokens: int, seconds: float) -> float:
+        """Count one step and return the figures after it."""
         self._steps += 1
         self._tokens += tokens
         self._seconds += seconds

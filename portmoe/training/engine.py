@@ -71,7 +71,7 @@ class Engine(ABC):
         self._step_clock = Stopwatch(device)
 
     def train_step(self, step: int, batches: Sequence[Batch]) -> StepOutcome:
-        """One update from this rank's micro-batches; skipped where any rank's gradient is not finite."""
+        """Make one update from this rank's micro-batches; skip it where any rank's gradient is not finite."""
         scale = self.loss_scale.scale
         batches = [batch.to(self._device, non_blocking=True) for batch in batches]
         metrics = StepMetrics(self._config.model.num_experts, batches)

@@ -67,7 +67,7 @@ class Optimizer:
     def clipped_step(
         self, *, lr: float, beta2: float, loss_scale: float, limit: float
     ) -> dict[str, list[float]]:
-        """One update with the total norm clipped to ``limit``, none where a gradient is not finite.
+        """Make one update with the total norm clipped to ``limit``, and none where a gradient is not finite.
 
         Returns:
             The norms before clipping, as ``gradient_norms``.
@@ -79,7 +79,7 @@ class Optimizer:
         return norms
 
     def step(self, *, lr: float, beta2: float, gradient_scale: float) -> None:
-        """One update with gradients multiplied by ``gradient_scale`` (unscaling and clipping in one)."""
+        """Make one update with gradients multiplied by ``gradient_scale`` (unscaling and clipping in one)."""
         gradients = [local_tensor(self._part(p, p.grad)) for p in self.parameters.values()]
         if gradient_scale != 1.0:
             torch._foreach_mul_(gradients, gradient_scale)
@@ -109,6 +109,7 @@ class Optimizer:
         return tensor.redistribute(placements=cut_further(parameter))
 
     def clear_gradients(self) -> None:
+        """Forget the gradients, and with them their memory."""
         for parameter in self.parameters.values():
             parameter.grad = None
 

@@ -8,29 +8,37 @@ from portmoe.config.section import LARGEST, Positive, Section, Size
 
 
 class Zero1Config(Section):
-    """size ≤ 0: optimizer state over the whole data-parallel group; 1: replicated; n: subsets of n."""
+    """Over which ranks optimizer state is sharded. size ≤ 0: all data-parallel ones; 1: none; n: subsets of n."""
 
     size: Annotated[int, Field(ge=-LARGEST, le=LARGEST)] = -1
     fsdp: bool = False
 
 
 class TensorConfig(Section):
+    """Ranks that share the tensors of a layer, and how: see ``parallel.layout``."""
+
     size: Size = 1
     mode: Literal["mtp", "msp", "fsp", "isp"] = "mtp"
 
 
 class PipelineConfig(Section):
+    """Ranks that each hold some of the layers."""
+
     size: Size = 1
     interleaved_overlap: bool = False
 
 
 class WeightConfig(Section):
+    """Ranks a layer's weights are sharded over in isp mode, gathered a layer at a time."""
+
     size: Size = 1
     overlap: bool = False
     memory_pool: bool = False
 
 
 class ExpertConfig(Section):
+    """Ranks the experts of a layer are spread over."""
+
     size: Size | None = None  # null: the most ranks that divide experts and data-parallel ranks evenly
 
 
@@ -67,13 +75,15 @@ class OpsConfig(Section):
 
 
 class DeepSpeedConfig(Section):
-    """Acts for ``trainer.engine: deepspeed`` only."""
+    """What DeepSpeed does; acts for ``trainer.engine: deepspeed`` only."""
 
     # 1: optimizer state sharded, 2: gradients too, 3: parameters too. (A Literal of 1 would take true.)
     zero_stage: Annotated[int, Field(ge=1, le=3)] = 1
 
 
 class TrainerConfig(Section):
+    """Which engine shards the state and reduces the gradients."""
+
     engine: Literal["native", "deepspeed"] = "native"
     max_skipped_steps: Positive | None = 5  # so many bad steps in a row end the run; null: none do
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()

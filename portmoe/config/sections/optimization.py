@@ -68,7 +68,7 @@ class AdamConfig(Section):
 
 
 class LrSchedulerConfig(Section):
-    """Zero for init_steps, linear warm-up, then a cosine to eta_min."""
+    """The learning rate: zero for init_steps, linear warm-up, then a cosine to eta_min."""
 
     total_steps: Annotated[Positive | None, SAME_RUN] = None  # null: data.total_steps
     init_steps: Count = 0

@@ -44,6 +44,8 @@ class CheckpointConfig(Section):
 
 
 class AlertConfig(Section):
+    """Alerts of the benchmark's own services, which are not sent."""
+
     enable_feishu_alert: Literal[False] = False
     feishu_alert_address: Annotated[str | None, no_effect("alerts are not sent")] = None
     light_monitor_address: Annotated[str | None, no_effect("heartbeats are not sent")] = None
@@ -51,9 +53,13 @@ class AlertConfig(Section):
 
 
 class TensorboardConfig(Section):
+    """Event files for TensorBoard."""
+
     queue_max_length: Positive = 10
 
 
 class MonitorConfig(Section):
+    """Who watches the run."""
+
     alert: AlertConfig = AlertConfig()
     tensorboard: TensorboardConfig = TensorboardConfig()

@@ -228,6 +228,7 @@ def scale_error(value: torch.Tensor, wide: torch.Tensor) -> float:
 
 
 def form(tensor: torch.Tensor) -> str:
+    """Return dtype and shape in words."""
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 

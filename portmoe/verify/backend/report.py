@@ -32,11 +32,12 @@ class Report:
 
     @property
     def failed(self) -> list[Result]:
+        """The results that failed, in order."""
         return [check for check in self.checks if check.status == "fail"]
 
     @property
     def passed(self) -> bool:
-        """Nothing failed, and something was checked."""
+        """Whether nothing failed, and something was checked."""
         return not self.failed and any(check.status == "pass" for check in self.checks)
 
     def of(self, part: str) -> Iterator[Result]:

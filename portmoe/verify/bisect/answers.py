@@ -44,11 +44,12 @@ class Deviation:
 
     @property
     def defect(self) -> bool:
+        """Whether the dtype does not explain it."""
         return bool(self.wrong) or self.error > self.explained
 
     @property
     def badness(self) -> float:
-        """Above 1 for a defect; the larger, the worse."""
+        """How bad it is: above 1 for a defect; the larger, the worse."""
         if self.wrong:
             return float("inf")
         return self.error / self.explained if self.explained else float(self.error > 0)

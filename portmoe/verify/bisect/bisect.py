@@ -72,7 +72,7 @@ class Judged:
 
     @property
     def subject(self) -> str:
-        """As in "rms_norm.torch"."""
+        """The implementation with its operation, as in "rms_norm.torch"."""
         return f"{self.operation}.{self.implementation}" if self.implementation else self.operation
 
 
@@ -106,7 +106,7 @@ class Bisection:
     notes: list[str] = field(default_factory=list)
 
     def defects(self) -> Iterator[Defect]:
-        """In the order of the walk."""
+        """Yield every defect in the order of the walk."""
         phases: list[tuple[Phase, Sequence[Judged]]] = [
             ("forward", self.calls),
             ("backward", self.calls[::-1]),
@@ -120,6 +120,7 @@ class Bisection:
 
     @property
     def passed(self) -> bool:
+        """Whether every operation and the whole model agree."""
         return not any(self.defects()) and self.whole.passed
 
 

@@ -45,6 +45,7 @@ class Whole:
 
     @property
     def passed(self) -> bool:
+        """Whether the whole model ran and stayed within its bands."""
         return not self.raised and not self.starts
 
 

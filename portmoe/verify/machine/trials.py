@@ -71,7 +71,7 @@ def environment(names: Iterable[str], deterministic: Mapping[str, str]) -> Itera
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As in a config: "bfloat16"."""
+    """Return the name of ``dtype`` as a config has it: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -38,6 +38,7 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The run as reports name it: where it lies and what made it."""
         return f"{self.path} ({self.backend}, {self.ranks} rank{'s' if self.ranks != 1 else ''})"
 
 

@@ -32,7 +32,7 @@ class Distance:
 
     @property
     def largest(self) -> float:
-        """Of the deviations that could be taken; nan where there is none."""
+        """The largest of the deviations that could be taken; nan where there is none."""
         return max((r for r in self.relative if not math.isnan(r)), default=math.nan)
 
     def leaves(self, band: float, first: float | None = None) -> int | None:
@@ -77,7 +77,7 @@ def distance(
 
 
 def loss_figures(loss: Distance) -> LossFigures:
-    """Over the steps where both losses are finite."""
+    """Return the figures over the steps where both losses are finite."""
     pairs = [(a, b) for a, b in zip(loss.first, loss.second, strict=True) if a is not None and b is not None]
     if not pairs:
         return LossFigures(math.nan, math.nan, loss.largest, math.nan)
@@ -86,13 +86,13 @@ def loss_figures(loss: Distance) -> LossFigures:
 
 
 def group_norms(first: Sequence[Record], second: Sequence[Record]) -> Iterator[Distance]:
-    """Per parameter group."""
+    """Yield the distance of the gradient norms per parameter group."""
     for column in _columns(first, second, GROUP_NORM):
         yield _norms(f"gradient norm, {column.removeprefix(GROUP_NORM)}", column, first, second)
 
 
 def layer_norms(first: Sequence[Record], second: Sequence[Record]) -> Iterator[Distance]:
-    """Per parameter group and place in the model; none where a run did not record them.
+    """Yield the same per group and place in the model; nothing where a run did not record them.
 
     A place is judged against at least a thousandth of its group's whole norm.
     """

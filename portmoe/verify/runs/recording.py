@@ -54,7 +54,7 @@ class Call:
 
     @property
     def name(self) -> str:
-        """As in "layers.0.attention: rotary"."""
+        """The place and the operation, as in "layers.0.attention: rotary"."""
         return f"{self.place}: {self.operation.name}"
 
 

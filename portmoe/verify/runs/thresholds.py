@@ -52,5 +52,5 @@ BFLOAT16 = Thresholds(
 
 
 def thresholds_of(dtype: str) -> Thresholds:
-    """By ``model.dtype``; tf32 products and both 16-bit types share the wider ones."""
+    """Return the thresholds of a ``model.dtype``; tf32 and both 16-bit types share the wider ones."""
     return FLOAT32 if dtype.removeprefix("torch.") == "float32" else BFLOAT16

@@ -54,7 +54,7 @@ def check_training(backend: str, timeout: float) -> tuple[list[Result], list[Cur
 def compare_with(
     recorded: Sequence[dict[str, Any]], run: Sequence[dict[str, Any]], limits: Thresholds = FLOAT32
 ) -> Iterator[Result]:
-    """One check per quantity."""
+    """Yield one result per quantity."""
     if len(run) != len(recorded):
         detail = f"{len(run)} steps instead of {len(recorded)}"
         yield Result("fail", "steps", detail, part="training", subject="reference run")
