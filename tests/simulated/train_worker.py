@@ -28,7 +28,7 @@ def main(backend: str, folder: str) -> None:
 
 
 def planted(specifications: list[str]):
-    """The simulated device's faults; memory:BYTES leaves it no more than that, product:A3 makes it another."""
+    """The simulated device's faults; memory:BYTES leaves it no more than that, product:A3 is another one."""
     if not specifications:
         return nullcontext()
     from torch_npu import faults, npu

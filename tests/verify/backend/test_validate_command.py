@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from portmoe.accelerator import get_accelerator
+from portmoe.verify.backend.cases import SHAPES
 from portmoe.verify.backend.collectives import TRIALS, check_collectives
 from portmoe.verify.backend.pool import check_memory
 from portmoe.verify.runs.training_run import check_training, reference
@@ -139,3 +140,21 @@ def test_a_backend_that_is_not_usable(name, code):
     done = portmoe("--backend", name)
     assert done.returncode == code
     assert "Traceback" not in done.stderr
+
+
+def test_in_a_hurry_two_shapes_are_tried_and_the_rest_is_said_to_be_left_out(monkeypatch):
+    from portmoe.verify.backend import validate as module
+
+    tried = []
+
+    def check_operations(accelerator, device, seed, progress, shapes):
+        tried.extend(shapes)
+        return []
+
+    monkeypatch.setattr(module, "check_operations", check_operations)
+    monkeypatch.setattr(module, "check_collectives", lambda *args: pytest.fail("started processes"))
+    report = module.validate("cpu", 0, 1.0, progress=lambda what: None, quick=True)
+    assert {SHAPES[name].dropless for name in tried} == {True, False}
+    left_out = {check.part: check.detail for check in report.checks if check.status == "skip"}
+    assert left_out == {"collectives": "not with --quick", "training": "not with --quick"}
+    assert {check.part for check in report.checks if check.status == "pass"} == {"memory"}
