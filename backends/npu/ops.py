@@ -10,6 +10,7 @@ from portmoe.backends.npu import attention, cross_entropy, fused, grouped_matmul
 from portmoe.backends.npu.product import excluded
 from portmoe.backends.npu.signatures import missing
 from portmoe.backends.torch import ops as torch_ops
+from portmoe.ops.attention import GROUPED_HEADS, VALUE_WIDTH
 from portmoe.ops.cross_entropy import CUT_VOCABULARY
 from portmoe.ops.operation import Implementation
 from portmoe.ops.workload import Workload
@@ -55,6 +56,11 @@ def _fused(
     return Implementation(op, name, function, why_not, requested_by, handles)
 
 
+def _attention(name: str, function: Callable[..., Any]) -> Implementation:
+    """Without the logarithm of the sums: the registered backward takes no gradient of it."""
+    return _fused("attention", name, function, limits.attention, FLASH, handles=(GROUPED_HEADS, VALUE_WIDTH))
+
+
 def _unused(op: str, name: str, reason: str, requested_by: str | None = None) -> Implementation:
     """A function of the vendor's that is never taken, so that every record says why."""
 
@@ -70,8 +76,8 @@ FUSED = (
     _fused("rms_norm", "npu_rms_norm", fused.rms_norm),
     _fused("rotary", "npu_rotary_mul", fused.rotary, limits.rotary),
     _fused("swiglu", "npu_swiglu", fused.swiglu),
-    _fused("attention", "npu_fusion_attention", attention.fusion_attention, limits.attention, FLASH),
-    _fused("attention", "npu_fusion_attention_v2", attention.fusion_attention_v2, limits.attention, FLASH),
+    _attention("npu_fusion_attention", attention.fusion_attention),
+    _attention("npu_fusion_attention_v2", attention.fusion_attention_v2),
     _fused("dispatch", "npu_moe_token_permute", permutation.dispatch, limits.permuted_types, REARRANGE),
     _fused("combine", "npu_moe_token_unpermute", permutation.combine, limits.weighted_types, REARRANGE),
     _fused("expert_ffn", "npu_grouped_matmul", grouped_matmul.expert_ffn, limits.grouped, with_=ACCUMULATE),
