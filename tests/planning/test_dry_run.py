@@ -63,6 +63,13 @@ def test_the_optimizer_state_follows_zero1(capsys):
     assert "optimizer 22.08 GiB (1/4 of the Adam moments" in subsets
 
 
+def test_experts_spread_over_two_ranks_have_a_share_of_their_own(capsys):
+    """4 ranks in subsets of 2; each of the two groups of experts lies on 2 ranks, over which it is cut."""
+    keys = ("parallel.expert.size=2", "parallel.zero1.size=2")
+    text = shown(capsys, "--world-size", "4", *(part for key in keys for part in ("--set", key)))
+    assert "(1/2 of the dense and 1/4 of the experts' float32 masters)" in text
+
+
 def test_the_parts_of_the_memory_add_up(capsys):
     text = shown(capsys, "--config", "7b_moe4", "--world-size", "32")
     sizes = [float(size) for size in re.findall(r"([\d.]+) GiB", text.partition("communication")[0])]

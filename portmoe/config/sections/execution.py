@@ -8,7 +8,7 @@ from portmoe.config.section import LARGEST, Positive, Section, Size
 
 
 class Zero1Config(Section):
-    """Over which ranks optimizer state is sharded: size ≤ 0 all data-parallel ones, 1 none, n subsets of n."""
+    """Which ranks shard optimizer state: size ≤ 0 all data-parallel ones, 1 none, n groups of n."""
 
     size: Annotated[int, Field(ge=-LARGEST, le=LARGEST)] = -1
     fsdp: bool = False
