@@ -26,7 +26,7 @@ from portmoe.model import MoELayer
 from portmoe.ops import OPERATIONS, Implementation, OpTable, choose
 from portmoe.ops.table import REFERENCE
 from portmoe.parallel.layout import Layout
-from portmoe.parallel.workload import workload_of
+from portmoe.parallel.workload import call_sites
 
 Call = Callable[[torch.Tensor, torch.Tensor], Any]  # forward and backward for (x_TH, grad_TH)
 
@@ -94,11 +94,11 @@ def our_layers(sizes: tuple[int, int, int, int], bench: Bench, dtype: torch.dtyp
         ("ragged", "MegaBlock-D", "expert_ffn_ragged"),
     ):
         config = config_of(sizes, moe_type, dtype)
-        workload = workload_of(config, Layout.plan(config, 1), bench.device)
+        sites = call_sites(config, Layout.plan(config, 1), bench.device)
         offered = list(bench.accelerator.ops.implementations())
-        table = choose(OPERATIONS, offered, workload, config)
+        table = choose(OPERATIONS, offered, sites, config)
         chosen = next(c.chosen for c in table.choices if c.op == op)
-        candidates = [i for i in offered if i.op == op and i.supports(workload) is None]
+        candidates = [i for i in offered if i.op == op and i.supports(sites[op][""]) is None]
         for one in [*candidates, Implementation(op, REFERENCE, OPERATIONS[op].reference)]:
             mark = " (chosen)" if one.name == chosen else ""
             functions = {c.op: getattr(table, c.op) for c in table.choices} | {op: one.function}

@@ -26,7 +26,7 @@ from portmoe.model.precision import local_tensor
 from portmoe.ops import OPERATIONS, Segments, choose
 from portmoe.parallel.layout import Layout
 from portmoe.parallel.mesh import build_meshes
-from portmoe.parallel.workload import workload_of
+from portmoe.parallel.workload import call_sites
 from portmoe.training.engine import NativeEngine
 from portmoe.training.schedule import learning_rate
 
@@ -66,8 +66,8 @@ class Ours:
 
     def __init__(self, config: Config, bench: Bench) -> None:
         layout, device = Layout.plan(config, 1), bench.device
-        workload = workload_of(config, layout, device)
-        ops = choose(OPERATIONS, bench.accelerator.ops.implementations(), workload, config)
+        sites = call_sites(config, layout, device)
+        ops = choose(OPERATIONS, bench.accelerator.ops.implementations(), sites, config)
         meshes = build_meshes(layout, device.type)
         self.engine = NativeEngine(config, layout, ops, meshes, device, dist.new_group(backend="gloo"))
         self._layout = layout

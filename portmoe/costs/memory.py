@@ -4,16 +4,14 @@ Sizes of groups come in as plain numbers; ``parallel.layout`` knows them. Not co
 buffers, the allocator's slack, the transient results of single operations.
 """
 
-from dataclasses import astuple, dataclass
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, replace
 
 from portmoe.config import Config
-from portmoe.costs.parameters import ParameterCount, layer_parameters, moe_layers
-from portmoe.model.capacity import expert_rows
+from portmoe.costs.outline import outline
+from portmoe.costs.parameters import ParameterCount, layer_parameters
 from portmoe.model.precision import compute_dtype
-from portmoe.ops.cross_entropy import kept_bytes
-
-FP32_BYTES = 4
-INDEX_BYTES = 8
+from portmoe.model.share import FP32_BYTES, Share
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,10 @@ def state_bytes(
         shared: whether several ranks compute with the same weights.
     """
     exact = parameters.router + (parameters.norms if config.use_fp32_norm else 0)
-    block = layer_parameters(config, moe_layers(config) > 0)
-    beside = (block.attention + block.dense) // tensor_ranks + block.norms + block.router
-    ends = 2 * config.model.vocab_size * config.model.hidden_size // tensor_ranks
+    model = config.architecture
+    block = max((layer_parameters(model, kind) for kind in model.kinds), key=lambda count: count.total)
+    beside = (block.dense - block.norms) // tensor_ranks + block.norms + block.router
+    ends = 2 * model.vocabulary * model.hidden // tensor_ranks
     if expert_ranks == 1:
         expert_shards = shards
     whole = parameters.router + parameters.norms
@@ -103,74 +102,34 @@ def _part_bytes(
 
 
 def activation_bytes(
-    config: Config,
-    tokens: int,
-    head: bool = True,
-    tensor_ranks: int = 1,
-    sequence_ranks: int = 1,
-    input_ranks: int = 1,
+    config: Config, share: Share, layers: Iterable[int] | None = None, head: bool = True
 ) -> int:
-    """Bytes kept for the backward pass of one micro-batch, by formula, all layers on this rank.
+    """Bytes kept for the backward pass of one micro-batch by what lies on one rank.
 
-    Counted is what a lean implementation of each operation keeps, a bytes per activation:
-
-    * attention half: block input, norm output, q, k, v, attention output: 6·H·a; log-sum-exp 4·N;
-    * feed-forward half: its input and norm output 2·H·a, then
-      dense: gate, up and their product 3·F·a;
-      MoE: E·(logits, probabilities) 8, per choice 36 of indices and weights, per row of the experts' buffer
-      (2·H + 3·F)·a;
-      residual MoE: the dense network, both outputs and their product with the coefficients (3·F + 2·H)·a;
-    * a recomputed layer: its input H·a; the largest layer once more while it is recomputed;
-    * cut over tensor ranks: q, k, v, attention output, log-sum-exp, and all of width F; where the sequence is
-      split between the regions: the inputs of block, feed-forward half, and final norm; where what enters a
-      region is gathered again for the backward pass: the norm outputs;
-    * head: norm input and output 2·H·a, log-sum-exp 4, and a few slices of the logits. (The reference
-      cross entropy keeps all of them: V·(4 + a) more.)
+    Counted is what a lean implementation of each operation keeps, as the modules declare it
+    (``kept_bytes``), by halves of a block: its input, the norm's output and what is inside. A recomputed
+    layer keeps its input; the largest is there once more while it is recomputed. The head keeps a few slices
+    of the logits. (The reference cross entropy keeps all of them.)
 
     The CPU's implementations keep 0.9 to 1.5 times this, less where the experts' hidden rows are computed
     again; the plain references up to 2.5 times.
 
     Args:
-        tokens: T, tokens of a micro-batch.
+        layers: those on this rank; None: all.
         head: whether the final norm, the head and the loss are on this rank.
-        tensor_ranks: ranks that share each layer.
-        sequence_ranks: ranks the tokens are split over between the regions they share.
-        input_ranks: ranks the inputs of these regions are kept by, a part each.
     """
-    model = config.model
-    hidden, element = model.hidden_size, compute_dtype(model).itemsize
-    with_experts = moe_layers(config)
-    dense_layers = model.num_layers - with_experts
-    cut = (tensor_ranks, sequence_ranks)
-    moe, dense = (_block_bytes(config, tokens, kind, *cut, input_ranks) for kind in (True, False))
-    recomputed = model.checkpointed_layers
-    recomputed_dense = min(
-        recomputed, dense_layers
-    )  # the first layers are recomputed, and are the dense ones
-    kept = (dense_layers - recomputed_dense) * dense + (with_experts - recomputed + recomputed_dense) * moe
-    kept += recomputed * tokens * hidden * element // sequence_ranks
-    if recomputed:
-        kept += _block_bytes(config, tokens, recomputed > recomputed_dense, *cut, input_ranks=1)
+    model = config.architecture
+    modules, recomputed = outline(model), config.recomputed_layers
+    inputs = share.own * model.hidden * share.item
+    kept, largest = 0, 0
+    for place in range(len(model.layers)) if layers is None else layers:
+        block = modules.blocks[model.layers[place]]
+        if place < recomputed:
+            kept += inputs
+            # What is gathered while recomputing lives for one backward pass.
+            largest = max(largest, block.kept_bytes(replace(share, regather=False)))
+        else:
+            kept += block.kept_bytes(share)
     if head:
-        norm = hidden * element // input_ranks + hidden * element // sequence_ranks
-        kept += tokens * (norm + FP32_BYTES)
-        kept += kept_bytes(tokens, model.vocab_size // tensor_ranks, compute_dtype(model))
-    return kept
-
-
-def _block_bytes(
-    config: Config, tokens: int, moe: bool, tensor_ranks: int, sequence_ranks: int, input_ranks: int
-) -> int:
-    model = config.model
-    hidden, width, element = model.hidden_size, model.ffn_width, compute_dtype(model).itemsize
-    inside = 2 * hidden * element // input_ranks + 4 * hidden * element // tensor_ranks
-    per_token = inside + 2 * hidden * element // sequence_ranks
-    per_token += FP32_BYTES * model.num_attention_heads // tensor_ranks
-    network = 3 * width * element // tensor_ranks
-    if not moe:
-        return tokens * (per_token + network)
-    per_token += 2 * FP32_BYTES * model.num_experts
-    per_token += config.moe.top_k * (4 * INDEX_BYTES + FP32_BYTES)
-    if model.moe_use_residual:
-        per_token += network + 2 * hidden * element
-    return tokens * per_token + expert_rows(config, tokens) * (2 * hidden * element + network)
+        kept += inputs + modules.head.kept_bytes(share)
+    return kept + largest

@@ -1,24 +1,33 @@
-"""Which group a parameter belongs to, and how many parameters a config has.
-
-Counts are closed formulas: they answer at once for any size a config may hold.
-"""
+"""How many parameters a model has, and which group each belongs to, counted on modules without memory."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from torch import nn
 
 from portmoe.config import Config
-from portmoe.model.experts import Experts
-from portmoe.model.norm import RMSNorm
-from portmoe.model.router import Router
+from portmoe.costs.outline import outline
+from portmoe.families.architecture import Architecture, Experts, Layer
+from portmoe.model.sharing import Cut, declared_cuts
 
 DEFAULT, FP32, EXPERTS = "default", "fp32", "experts"
 
 
+def is_exact(module: nn.Module) -> bool:
+    """Whether the weights of ``module`` stay float32 in every dtype: it says so itself."""
+    return getattr(module, "exact", False)
+
+
 def exact_modules(model: nn.Module) -> list[nn.Module]:
     """The modules whose weights stay float32 in every dtype: routers, and norms under ``use_fp32_norm``."""
-    return [module for module in model.modules() if _is_exact(module)]
+    return [module for module in model.modules() if is_exact(module)]
+
+
+def spread_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that own parameters which ranks can spread by experts, each once, in order."""
+    cuts = declared_cuts(model).items()
+    owners = (model.get_submodule(name.rpartition(".")[0]) for name, cut in cuts if cut.expert is not None)
+    return list(dict.fromkeys(owners))
 
 
 def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
@@ -27,10 +36,11 @@ def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     "experts" are the experts' weights, "fp32" those of ``exact_modules``, "default" all others.
     """
     groups: dict[str, dict[str, nn.Parameter]] = {DEFAULT: {}, FP32: {}, EXPERTS: {}}
+    cuts = declared_cuts(model)
     for name, parameter in model.named_parameters():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        group = EXPERTS if isinstance(owner, Experts) else FP32 if _is_exact(owner) else DEFAULT
-        groups[group][name] = parameter
+        exact = is_exact(model.get_submodule(name.rpartition(".")[0]))
+        spread = cuts.get(name, Cut()).expert is not None
+        groups[EXPERTS if spread else FP32 if exact else DEFAULT][name] = parameter
     return groups
 
 
@@ -43,73 +53,73 @@ def merged(parts: Iterable[Mapping[str, Mapping[str, nn.Parameter]]]) -> dict[st
     return groups
 
 
-def _is_exact(module: nn.Module) -> bool:
-    return isinstance(module, Router) or (isinstance(module, RMSNorm) and module.exact)
-
-
-@dataclass(frozen=True)
-class LayerParameters:
-    """Numbers of parameters of one block."""
-
-    attention: int  # projections with their biases
-    norms: int
-    router: int
-    experts: int  # all of them
-    dense: int  # the dense network of a dense layer, or the residual network and its coefficient
-
-    @property
-    def total(self) -> int:
-        return self.attention + self.norms + self.router + self.experts + self.dense
-
-
 @dataclass(frozen=True)
 class ParameterCount:
-    """Numbers of parameters of the whole model."""
+    """Numbers of parameters of a model or of a part of it.
 
-    total: int
-    active: int  # used for one token: all but the experts it is not sent to
-    router: int
-    experts: int
-    norms: int
+    Attributes:
+        active: used for one token: all but the experts it is not sent to.
+        router: routers, which are whole and float32 on every rank.
+        norms: gains of the norms between the regions of the layers.
+    """
+
+    total: int = 0
+    active: int = 0
+    router: int = 0
+    experts: int = 0
+    norms: int = 0
 
     @property
     def dense(self) -> int:
         """All that is neither router nor expert."""
         return self.total - self.router - self.experts
 
+    def __add__(self, other: "ParameterCount") -> "ParameterCount":
+        return ParameterCount(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
-def layer_parameters(config: Config, moe: bool) -> LayerParameters:
-    """Of a block with (``moe``) or without experts."""
-    model = config.model
-    hidden, feed_forward = model.hidden_size, 3 * model.hidden_size * model.ffn_width
-    residual = feed_forward + 2 * hidden + 2 if model.moe_use_residual else 0
-    return LayerParameters(
-        attention=4 * hidden * hidden + 4 * hidden,
-        norms=2 * hidden,
-        router=hidden * model.num_experts if moe else 0,
-        experts=model.num_experts * feed_forward if moe else 0,
-        dense=residual if moe else feed_forward,
-    )
+    def __mul__(self, times: int) -> "ParameterCount":
+        return ParameterCount(*(times * number for number in astuple(self)))
 
 
-def moe_layers(config: Config) -> int:
-    """How many layers have experts."""
-    model = config.model
-    return model.num_layers - model.first_k_dense_replace if model.num_experts > 1 else 0
+def layer_parameters(model: Architecture, layer: Layer) -> ParameterCount:
+    """Numbers of one layer."""
+    count = _count(outline(model).blocks[layer])
+    if not isinstance(layer.network, Experts):
+        return count
+    used = count.experts * layer.network.gate.top_k // layer.network.count
+    return count + ParameterCount(active=used - count.experts)
+
+
+def embedding_parameters(model: Architecture) -> ParameterCount:
+    """Numbers of the embedding."""
+    return _count(outline(model).embedding)
+
+
+def head_parameters(model: Architecture) -> ParameterCount:
+    """Numbers of the final norm and the head."""
+    return _count(outline(model).norm) + _count(outline(model).head)
 
 
 def count_parameters(config: Config) -> ParameterCount:
-    """Of the whole model. 7b_moe4: 11,852,320,768 in all, 7,423,135,744 active."""
-    model = config.model
-    with_experts = moe_layers(config)
-    moe, dense = layer_parameters(config, moe=True), layer_parameters(config, moe=False)
-    experts = with_experts * moe.experts
-    ends = 2 * model.vocab_size * model.hidden_size + model.hidden_size
-    total = with_experts * moe.total + (model.num_layers - with_experts) * dense.total + ends
-    return ParameterCount(
-        total=total,
-        active=total - experts + experts * config.moe.top_k // model.num_experts,
-        router=with_experts * moe.router,
-        experts=experts,
-        norms=model.num_layers * moe.norms + model.hidden_size,
-    )
+    """Numbers of the whole model. 7b_moe4: 11,852,320,768 in all, 7,423,135,744 active."""
+    model = config.architecture
+    count = embedding_parameters(model) + head_parameters(model)
+    for layer, places in model.kinds.items():
+        count += layer_parameters(model, layer) * len(places)
+    return count
+
+
+def _count(module: nn.Module) -> ParameterCount:
+    """Numbers of a module's parameters, all of them active."""
+    count, cuts = ParameterCount(), declared_cuts(module)
+    for name, parameter in module.named_parameters():
+        number, cut = parameter.numel(), cuts.get(name, Cut())
+        exact = is_exact(module.get_submodule(name.rpartition(".")[0]))
+        count += ParameterCount(
+            total=number,
+            active=number,
+            router=number if exact and cut.inside else 0,
+            experts=number if cut.expert is not None else 0,
+            norms=number if not cut.inside else 0,
+        )
+    return count

@@ -80,11 +80,12 @@ def check_data(config: Config, size: int, micro_num: int) -> dict[str, dict[str,
 
 def check_vocabulary(config: Config, largest: int, where: str) -> None:
     """Raise ``ConfigError`` unless ``largest``, the largest token of ``where``, has an embedding."""
-    vocab_size = config.model.vocab_size
-    if largest >= vocab_size:
+    model = config.architecture
+    key, vocabulary = model.keys["vocabulary"], model.vocabulary
+    if largest >= vocabulary:
         raise ConfigError(
-            f"model.vocab_size={vocab_size} is too small: the largest token of {where} is {largest}; "
-            f"set model.vocab_size to {largest + 1} or more"
+            f"{key}={vocabulary} is too small: the largest token of {where} is {largest}; "
+            f"set {key} to {largest + 1} or more"
         )
 
 

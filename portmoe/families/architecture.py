@@ -100,6 +100,7 @@ class Architecture:
     """A decoder: embedding, layers, final norm, head.
 
     Attributes:
+        nominal_ratio: feed-forward width over hidden width, as the benchmark's counting of FLOPs takes it.
         keys: quantity ("heads", "kv_heads", "width", "experts", "top_k", "layers", "vocabulary") → the config
             key that sets it, for messages.
     """
@@ -109,6 +110,7 @@ class Architecture:
     layers: tuple[Layer, ...]
     norm_epsilon: float
     initial: Initial
+    nominal_ratio: float
     exact_norms: bool = False  # norms compute with float32 gains and inputs in every dtype
     embedding_gradient: float = 1.0  # scales the embedding's gradient
     keys: Mapping[str, str] = field(default_factory=dict, compare=False, hash=False)
@@ -133,9 +135,25 @@ class Architecture:
         return common
 
     @property
+    def widths(self) -> set[int]:
+        """The widths of all feed-forward networks."""
+        found = set()
+        for layer in self.kinds:
+            network = layer.network
+            found.add(network.width)
+            if isinstance(network, Experts):
+                found |= {inner.width for inner in (network.shared, network.residual) if inner is not None}
+        return found
+
+    @cached_property
     def kinds(self) -> dict[Layer, list[int]]:
         """Each different layer and the places it has in the model."""
         places: dict[Layer, list[int]] = {}
         for place, layer in enumerate(self.layers):
             places.setdefault(layer, []).append(place)
         return places
+
+    def kind_name(self, layer: Layer) -> str:
+        """What call sites in layers of this kind are named after: "" for the first kind, else a place."""
+        first = self.kinds[layer][0]
+        return f"layer {first}" if first else ""

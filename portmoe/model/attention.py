@@ -1,36 +1,95 @@
-"""Causal multi-head attention over packed segments."""
+"""Causal attention over packed segments, with grouped heads."""
+
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from portmoe.config import Config
+from portmoe.families import architecture as arch
 from portmoe.model.linear import Linear
+from portmoe.model.share import FP32_BYTES, Call, Calls, Costs, PartCost, Share, site
+from portmoe.model.sharing import ALL_TOKENS, ALONE, Cut
 from portmoe.ops import OpTable, Segments
 
 
 class Attention(nn.Module):
-    """[T,H] → [T,H]: fused qkv projection and output projection, both with bias.
+    """[T,H] → [T,H]: one projection to queries, keys and values, attention, and the output projection.
 
-    The rows of the qkv projection are head-major, [N,3,D]: a slice of them holds whole heads, so the
-    number of heads is read off the projection's result and not off the config.
+    The first projection's rows are those of one key head after the other, each with its queries, its key and
+    its value: [Nk, G·D + D + Dv] for G queries a key. A slice of them holds whole heads, so how many are here
+    is read off the projection's result.
     """
 
-    def __init__(self, config: Config, ops: OpTable) -> None:
+    part = "attention"  # of a step, as profiles name it
+    cuts: ClassVar[dict[str, Cut]] = {
+        "qkv.weight": Cut(0),
+        "qkv.bias": Cut(0),
+        "out.weight": Cut(1),
+        "out.bias": Cut(),
+    }
+
+    def __init__(self, hidden: int, sizes: arch.Attention, ops: OpTable, where: str = "") -> None:
         super().__init__()
-        model = config.model
-        self.qkv = Linear(model.hidden_size, 3 * model.hidden_size, ops)
-        self.out = Linear(model.hidden_size, model.hidden_size, ops)
-        self.head_dim = model.head_dim
-        self.scale = model.head_dim**-0.5
-        self.interleaved = model.qk_interleaved
-        self.ops = ops
+        self.widths = (sizes.group * sizes.head_dim, sizes.head_dim, sizes.value_dim)  # of one key head
+        rows, values = sizes.kv_heads * sum(self.widths), sizes.heads * sizes.value_dim
+        self.qkv = Linear(hidden, rows, ops, where, bias=sizes.bias)
+        self.out = Linear(values, hidden, ops, site(where, "attention's output"), bias=sizes.out_bias)
+        self.sizes = sizes
+        self.scale = sizes.head_dim**-0.5
+        self.ops = ops.at(where)
+        self.key_ops = ops.at(self._of_keys(where))
+        self.where = where
+        self.region, self.tokens = ALONE, ALL_TOKENS
 
     def forward(
         self, x_TH: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, segments: Segments
     ) -> torch.Tensor:
-        qkv_TN3D = self.qkv(x_TH).unflatten(-1, (-1, 3, self.head_dim))
-        q_TND, k_TND, v_TND = qkv_TN3D.unbind(2)
-        q_TND = self.ops.rotary(q_TND, cos_TR, sin_TR, self.interleaved)
-        k_TND = self.ops.rotary(k_TND, cos_TR, sin_TR, self.interleaved)
-        y_TND = self.ops.attention(q_TND, k_TND, v_TND, segments, self.scale)
-        return self.out(y_TND.flatten(1))
+        with self.region.entered(x_TH) as x_TH:
+            qkv_TM = self.tokens.to_heads(self.qkv(x_TH))
+            q_TGD, k_TND, v_TND = qkv_TM.unflatten(-1, (-1, sum(self.widths))).split(self.widths, -1)
+            q_TND = (
+                q_TGD if self.sizes.group == 1 else q_TGD.unflatten(-1, (-1, k_TND.shape[-1])).flatten(1, 2)
+            )
+            q_TND = self.ops.rotary(q_TND, cos_TR, sin_TR, self.sizes.rotary.interleaved)
+            k_TND = self.key_ops.rotary(k_TND, cos_TR, sin_TR, self.sizes.rotary.interleaved)
+            y_TND = self.ops.attention(q_TND, k_TND, v_TND, segments, self.scale)
+            y_TH = self.out(self.tokens.to_tokens(y_TND.flatten(1)))
+        return self.region.leave(y_TH)
+
+    def _of_keys(self, where: str) -> str:
+        """The site of the keys' rotary embedding: that of the queries, where there are as many."""
+        return where if self.sizes.group == 1 else site(where, "keys")
+
+    def calls(self, share: Share) -> Calls:
+        sizes, shared = self.sizes, {"qk_interleaved": self.sizes.rotary.interleaved}
+        heads, kv_heads = sizes.heads // share.ranks, sizes.kv_heads // share.ranks
+        yield from self.qkv.call(share, share.inside, outputs=share.parts)
+        for where, number in ((self.where, heads), (self._of_keys(self.where), kv_heads)):
+            turned = share.workload(share.tokens, heads=number, head_dim=sizes.head_dim, **shared)
+            yield Call("rotary", where, turned)
+        workload = share.workload(
+            share.tokens,
+            heads=heads,
+            head_dim=sizes.head_dim,
+            kv_heads=None if sizes.group == 1 else kv_heads,
+            value_dim=None if sizes.value_dim == sizes.head_dim else sizes.value_dim,
+        )
+        yield Call("attention", self.where, workload)
+        yield from self.out.call(share, share.inside, inputs=share.parts)
+
+    def costs(self, share: Share) -> Costs:
+        sizes, hidden = self.sizes, self.out.out_features
+        queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+        values, outputs = sizes.kv_heads * sizes.value_dim, sizes.heads * sizes.value_dim
+        weights = hidden * (queries + keys + values + outputs) / share.parts
+        scores = share.tokens * share.attended * (queries + outputs) / share.ranks
+        heads = share.tokens * (queries + keys + values + outputs) / share.ranks
+        moved = 3 * (weights + 2 * share.inside * hidden + heads)
+        yield PartCost("attention", 2 * weights * share.inside + 2 * scores, moved * share.item)
+
+    def kept_bytes(self, share: Share) -> int:
+        """Of q, k, v, the output before its projection, and the log-sum-exp."""
+        sizes = self.sizes
+        heads = sizes.heads * (sizes.head_dim + sizes.value_dim)
+        heads += sizes.kv_heads * (sizes.head_dim + sizes.value_dim)
+        return share.tokens * (heads * share.item // share.ranks + FP32_BYTES * sizes.heads // share.ranks)

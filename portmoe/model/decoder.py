@@ -4,20 +4,24 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from portmoe.config import Config
+from portmoe.families import architecture as arch
+from portmoe.families.architecture import Architecture, Experts, Layer
 from portmoe.model.attention import Attention
 from portmoe.model.feed_forward import FeedForward
 from portmoe.model.init import initialise
-from portmoe.model.linear import Linear
-from portmoe.model.moe import MoELayer
+from portmoe.model.moe import MoE
 from portmoe.model.noise import micro_batch_seed
 from portmoe.model.norm import RMSNorm
-from portmoe.model.precision import compute_dtype, computed
+from portmoe.model.precision import compute_dtype
 from portmoe.model.reference_table import reference_table
 from portmoe.model.rotary import rotary_tables
+from portmoe.model.share import Calls, Costs, Share
+from portmoe.model.vocabulary import Embedding, Head
 from portmoe.ops import OpTable, Segments
 
 if TYPE_CHECKING:
@@ -46,22 +50,39 @@ class DecoderOutput(NamedTuple):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MoE(norm(x)), or a dense network in place of the MoE.
 
-    A layer among the first ``model.checkpointed_layers`` keeps only its input and recomputes the rest in the
-    backward pass. No generator state is saved for that: all noise is a function of the noise seed.
+    Args:
+        place: the layer's number in the decoder.
+        recompute: keep only the input and compute the rest again in the backward pass. No generator state is
+            saved for that: all noise is a function of the noise seed.
+        where: the call sites of its operations; layers of one kind share them.
     """
 
-    def __init__(self, config: Config, layer: int, ops: OpTable) -> None:
+    def __init__(
+        self,
+        model: Architecture,
+        layer: Layer,
+        place: int,
+        ops: OpTable,
+        recompute: bool = False,
+        where: str = "",
+    ) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config, ops)
-        self.attention = Attention(config, ops)
-        self.feed_forward_norm = RMSNorm(config, ops)
-        self.is_moe = config.model.is_moe_layer(layer)
+        self.attention_norm = RMSNorm(model.hidden, model.norm_epsilon, model.exact_norms, ops, where)
+        self.attention = Attention(model.hidden, layer.attention, ops, where)
+        self.feed_forward_norm = RMSNorm(model.hidden, model.norm_epsilon, model.exact_norms, ops, where)
+        self.is_moe = isinstance(layer.network, Experts)
         if self.is_moe:
-            self.moe = MoELayer(config, layer, ops)
+            self.moe = MoE(model.hidden, layer.network, place, ops, where)
         else:
-            self.feed_forward = FeedForward(config, ops)
-        self.num_experts = config.model.num_experts
-        self.recompute = layer < config.model.checkpointed_layers
+            self.feed_forward = FeedForward(model.hidden, layer.network.width, ops, where)
+        self.counted_experts = model.experts
+        self.hidden = model.hidden
+        self.recompute = recompute
+
+    @property
+    def network(self) -> "MoE | FeedForward":
+        """What follows the attention."""
+        return self.moe if self.is_moe else self.feed_forward
 
     def forward(
         self,
@@ -87,17 +108,32 @@ class Block(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         x_TH = x_TH + self.attention(self.attention_norm(x_TH), cos_TR, sin_TR, segments)
         h_TH = self.feed_forward_norm(x_TH)
+        none_E = torch.zeros(self.counted_experts, dtype=torch.int64, device=x_TH.device)
         if not self.is_moe:
-            zeros_E = torch.zeros(self.num_experts, dtype=torch.int64, device=x_TH.device)
-            return x_TH + self.feed_forward(h_TH), x_TH.new_zeros((), dtype=torch.float32), zeros_E, zeros_E
+            return x_TH + self.feed_forward(h_TH), x_TH.new_zeros((), dtype=torch.float32), none_E, none_E
         y_TH, routing = self.moe.compute(h_TH, noise_seed)
         kept_E = routing.count_E.clamp(max=routing.capacity)  # an expert's slots fill from 0
-        return x_TH + y_TH, routing.aux_loss, routing.count_E, kept_E
+        more = self.counted_experts - len(kept_E)  # another layer has more experts
+        return x_TH + y_TH, routing.aux_loss, F.pad(routing.count_E, (0, more)), F.pad(kept_E, (0, more))
 
+    def calls(self, share: Share) -> Calls:
+        """Every operation a forward pass calls, with its site and its shapes."""
+        yield from self.attention_norm.calls(share)
+        yield from self.attention.calls(share)
+        yield from self.feed_forward_norm.calls(share)
+        yield from self.network.calls(share)
 
-def _embedding(vocabulary: int, hidden: int) -> nn.Embedding:
-    """An embedding that draws no values: on the meta device torch imports its compiler for that."""
-    return nn.Embedding.from_pretrained(torch.empty(vocabulary, hidden), freeze=False)
+    def costs(self, share: Share) -> Costs:
+        """What its parts cost in a micro-batch."""
+        yield from self.attention_norm.costs(share)
+        yield from self.attention.costs(share)
+        yield from self.feed_forward_norm.costs(share)
+        yield from self.network.costs(share)
+
+    def kept_bytes(self, share: Share) -> int:
+        """Bytes a lean implementation keeps of a micro-batch for the backward pass."""
+        inputs = 2 * self.hidden * share.item * (share.own + share.entering)  # of both halves and their norms
+        return inputs + self.attention.kept_bytes(share) + self.network.kept_bytes(share)
 
 
 class Decoder(nn.Module):
@@ -123,17 +159,21 @@ class Decoder(nn.Module):
         head: bool = True,
     ) -> None:
         super().__init__()
-        model = config.model
+        model, recomputed = config.architecture, config.recomputed_layers
         ops = ops or reference_table()
-        layers = sorted(range(model.num_layers) if layers is None else layers)
+        places = sorted(range(len(model.layers)) if layers is None else layers)
         device = torch.get_default_device()
         with torch.device("meta"):  # values are drawn once, for the whole decoder, below
-            self.embedding = _embedding(model.vocab_size, model.hidden_size) if embed else None
-            self.layers = nn.ModuleDict({str(layer): Block(config, layer, ops) for layer in layers})
-            self.norm = RMSNorm(config, ops) if head else None
-            self.head = Linear(model.hidden_size, model.vocab_size, ops, bias=False) if head else None
+            self.embedding = Embedding(model.vocabulary, model.hidden) if embed else None
+            self.layers = nn.ModuleDict()
+            for place in places:
+                layer = model.layers[place]
+                block = Block(model, layer, place, ops, place < recomputed, model.kind_name(layer))
+                self.layers[str(place)] = block
+            self.norm = RMSNorm(model.hidden, model.norm_epsilon, model.exact_norms, ops) if head else None
+            self.head = Head(model.vocabulary, model.hidden, ops) if head else None
+        self.architecture = model
         self.config = config
-        self.ops = ops
         if device.type != "meta":
             self.to_empty(device=device)
             initialise(self, config)
@@ -152,11 +192,12 @@ class Decoder(nn.Module):
             ``DecoderOutput`` where the head is here, else ``StageOutput``.
         """
         x_TH = inputs if self.embedding is None else self._embed(inputs)
-        cos_TR, sin_TR = rotary_tables(batch.positions_T, self.config.model)
+        tables = self._rotary_tables(batch.positions_T)
         noise_seed = micro_batch_seed(self.config.run.seed, batch.index)
         aux_loss = x_TH.new_zeros((), dtype=torch.float32) if aux_so_far is None else aux_so_far
         assigned, kept = [], []
-        for block in self.layers.values():
+        for place, block in self.layers.items():
+            cos_TR, sin_TR = tables[self.architecture.layers[int(place)].attention]
             x_TH, aux, assigned_E, kept_E = block(x_TH, cos_TR, sin_TR, batch.segments, noise_seed)
             aux_loss = aux_loss + aux
             assigned.append(assigned_E)
@@ -164,20 +205,37 @@ class Decoder(nn.Module):
         assigned_LE, kept_LE = _stack(assigned, x_TH), _stack(kept, x_TH)
         if self.head is None:
             return StageOutput(x_TH, aux_loss, assigned_LE, kept_LE)
-        loss_T, correct_T = self.ops.cross_entropy(
-            self.norm(x_TH),
-            computed(self.head.weight, x_TH.dtype),
-            batch.labels_T,
-            self.config.loss.label_smoothing,
-        )
+        smoothing = self.config.loss.label_smoothing
+        loss_T, correct_T = self.head(self.norm(x_TH), batch.labels_T, smoothing)
         return DecoderOutput(loss_T, correct_T, aux_loss, assigned_LE, kept_LE)
+
+    def _rotary_tables(
+        self, positions_T: torch.Tensor
+    ) -> dict[arch.Attention, tuple[torch.Tensor, torch.Tensor]]:
+        """Cosine and sine for every kind of attention here; those of equal heads are made once."""
+        made, tables = {}, {}
+        for place in self.layers:
+            sizes = self.architecture.layers[int(place)].attention
+            key = (sizes.rotary, sizes.head_dim)
+            if key not in made:
+                made[key] = rotary_tables(positions_T, *key)
+            tables[sizes] = made[key]
+        return tables
 
     def _embed(self, tokens_T: torch.Tensor) -> torch.Tensor:
         x_TH = self.embedding(tokens_T).to(compute_dtype(self.config.model))
-        scale = self.config.model.embed_grad_scale
+        scale = self.architecture.embedding_gradient
         if scale != 1.0:  # scales the gradient and leaves the value
             x_TH = scale * x_TH + (1.0 - scale) * x_TH.detach()
         return x_TH
+
+    def costs(self, share: Share) -> Costs:
+        """What the layers and the head cost in a micro-batch."""
+        for block in self.layers.values():
+            yield from block.costs(share)
+        if self.head is not None:
+            yield from self.norm.costs(share)
+            yield from self.head.costs(share)
 
 
 def _stack(rows: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:

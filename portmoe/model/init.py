@@ -18,12 +18,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from portmoe.config import Config
+from portmoe.families.architecture import Initial
 
 BLOCK_NUMBERS = 1 << 16  # a block has as many whole rows as fit this many numbers, at least one
-
-PROJECTION_STD = 0.006  # qkv, w1, w3, the residual coefficient; scaled by depth: attention out and w2
-ROUTER_STD = 0.0015
-VOCABULARY_STD = 0.0052  # embedding and head
 
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 
@@ -47,20 +44,22 @@ def initialise(module: nn.Module, config: Config, prefix: str = "") -> None:
         if constant is not None:
             local.fill_(constant)
         else:
-            _draw(local, offset, parameter.shape, config.run.seed, name)
+            std = standard_deviation(name, config.architecture.initial)
+            _draw(local, offset, parameter.shape, config.run.seed, name, std)
 
 
-def standard_deviation(name: str) -> float:
-    """The benchmark's, for a normally initialised parameter, by its name in the whole model."""
+def standard_deviation(name: str, initial: Initial) -> float:
+    """Of a normally initialised parameter, by its name in the whole model."""
     match = _LAYER.fullmatch(name)
     if match is None:
-        return VOCABULARY_STD
+        return initial.vocabulary
     layer, inner = int(match[1]), match[2]
     if ".router." in inner:
-        return ROUTER_STD
-    if inner == "attention.out.weight" or inner.removesuffix(".weight").endswith(".w2"):
-        return PROJECTION_STD / math.sqrt(2 * (layer + 1))
-    return PROJECTION_STD
+        return initial.router
+    to_residual = inner == "attention.out.weight" or inner.removesuffix(".weight").endswith(".w2")
+    if initial.by_depth and to_residual:
+        return initial.projection / math.sqrt(2 * (layer + 1))
+    return initial.projection
 
 
 def _constant(name: str) -> float | None:
@@ -81,7 +80,9 @@ def _local_part(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]
     return parameter.to_local(), offset
 
 
-def _draw(local: torch.Tensor, offset: tuple[int, ...], shape: torch.Size, seed: int, name: str) -> None:
+def _draw(
+    local: torch.Tensor, offset: tuple[int, ...], shape: torch.Size, seed: int, name: str, std: float
+) -> None:
     """Draw this rank's part; a stack of matrices has its rows numbered through."""
     rows, columns = shape[-2:]
     key = np.frombuffer(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=16).digest(), dtype="<u8")
@@ -89,20 +90,20 @@ def _draw(local: torch.Tensor, offset: tuple[int, ...], shape: torch.Size, seed:
     number = offset[0] if local.ndim == 3 else 0
     for local_RC in matrices:
         first = number * rows + offset[-2]
-        _draw_rows(local_RC, first, offset[-1], shape.numel() // columns, columns, key, name)
+        _draw_rows(local_RC, first, offset[-1], shape.numel() // columns, columns, key, std)
         number += 1
 
 
 def _draw_rows(
-    local_RC: torch.Tensor, first: int, left: int, rows: int, columns: int, key: np.ndarray, name: str
+    local_RC: torch.Tensor, first: int, left: int, rows: int, columns: int, key: np.ndarray, std: float
 ) -> None:
     """Draw what begins at row ``first`` and column ``left`` of ``rows`` by ``columns`` numbers."""
     block_rows = max(1, BLOCK_NUMBERS // columns)
-    std = np.float32(standard_deviation(name))
     last, right = first + local_RC.shape[0], left + local_RC.shape[1]
     for start in range(first - first % block_rows, last if local_RC.numel() else first, block_rows):
         generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, start // block_rows]))
-        block = generator.standard_normal((min(block_rows, rows - start), columns), dtype=np.float32) * std
+        block = generator.standard_normal((min(block_rows, rows - start), columns), dtype=np.float32)
+        block *= np.float32(std)
         low, high = max(start, first), min(start + len(block), last)
         local_RC[low - first : high - first].copy_(
             torch.from_numpy(block[low - start : high - start, left:right])

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from portmoe.model.precision import computed
+from portmoe.model.share import Call, Calls, Share
 from portmoe.ops import OpTable
 
 
@@ -11,15 +12,27 @@ class Linear(nn.Linear):
     """``torch.nn.Linear`` that computes in the input's dtype: [..., in] → [..., out].
 
     The values are left uninitialised; ``model.init`` draws them.
+
+    Args:
+        site: the call site of its product.
     """
 
-    def __init__(self, inner: int, outer: int, ops: OpTable, bias: bool = True) -> None:
-        super().__init__(inner, outer, bias)
-        self.ops = ops
+    def __init__(self, inputs: int, outputs: int, ops: OpTable, site: str, bias: bool = True) -> None:
+        super().__init__(inputs, outputs, bias=bias)
+        self.ops = ops.at(site)
+        self.site = site
+        self.bias_parts = 1  # ranks that add up their results, each with its part of the bias
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else computed(self.bias, input.dtype)
+        if bias is not None and self.bias_parts > 1:
+            bias = bias / self.bias_parts
         return self.ops.linear(input, computed(self.weight, input.dtype), bias)
 
     def reset_parameters(self) -> None:
         """Draw nothing: torch calls this on construction, and ``model.init`` sets every value anyway."""
+
+    def call(self, share: Share, tokens: int, inputs: int = 1, outputs: int = 1) -> Calls:
+        """Its product, with the widths divided over ``inputs`` or ``outputs`` ranks."""
+        sizes = {"hidden": self.in_features // inputs, "ffn_width": self.out_features // outputs}
+        yield Call("linear", self.site, share.workload(tokens, **sizes))

@@ -19,7 +19,7 @@ from portmoe.ops.routing import Routing
 from portmoe.ops.swiglu import SWIGLU, swiglu
 from portmoe.ops.table import OpTable, choose
 from portmoe.ops.topk_gating import TOPK_GATING, topk_gating
-from portmoe.ops.workload import Workload
+from portmoe.ops.workload import CallSites, Workload
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
@@ -43,6 +43,7 @@ OPERATIONS: dict[str, Operation] = {
 
 __all__ = [
     "OPERATIONS",
+    "CallSites",
     "Implementation",
     "OpTable",
     "Operation",

@@ -10,7 +10,7 @@ from portmoe.config import Config
 from portmoe.model.decoder import Decoder
 from portmoe.model.precision import compute_dtype
 from portmoe.ops.table import OpTable
-from portmoe.parallel import expert, sequence, tensor, vocabulary, weight, zero
+from portmoe.parallel import cuts, expert, sequence, tensor, vocabulary, weight, zero
 from portmoe.parallel.mesh import Meshes
 from portmoe.parallel.stages import Stage, stages_of
 from portmoe.parallel.tensor import Region
@@ -40,6 +40,7 @@ def build(
         elif meshes.tensor.size() > 1:
             tensor.share(decoder, region)
             vocabulary.share(decoder, region)
+        cuts.cut_parameters(decoder, meshes, weights_are_shared=region is not None)
         expert.spread(decoder, meshes)
         zero.shard(decoder, meshes, compute_dtype(config.model))
         if config.parallel.weight.size > 1:

@@ -7,42 +7,24 @@ neither keeps the others waiting nor loses its gradient, which is zero.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard
 
 from portmoe.model.decoder import Decoder
-from portmoe.model.experts import Experts
+from portmoe.model.sharing import compute_here
 from portmoe.parallel.all_to_all import all_to_all
 from portmoe.parallel.mesh import Meshes
-from portmoe.parallel.tensor import cut
 
 
 def spread(model: Decoder, meshes: Meshes) -> None:
-    """Leave each rank its share of every layer's experts, and its share of their width."""
-    axes = {"expert": meshes.expert, "tensor": meshes.tensor}
-    if model.config.parallel.tensor.mode == "isp":  # its ranks share the tokens and not the weights
-        del axes["tensor"]
-    axes = {kind: mesh for kind, mesh in axes.items() if mesh.size() > 1}
-    if not axes:
+    """Let every layer's experts, which are cut over ranks, exchange rows with them."""
+    if meshes.expert.size() == 1:
         return
-    mesh = DeviceMesh._concatenate(list(axes.values())) if len(axes) > 1 else next(iter(axes.values()))
-    for experts in all_experts(model):
-        for name, width in (("w1", 1), ("w3", 1), ("w2", 2)):
-            dims = {"expert": 0, "tensor": width}
-            cut(experts, name, mesh, [Shard(dims[kind]) for kind in axes])
-        if "expert" in axes:
-            exchange = _Exchange(meshes.expert.get_group(), even=model.config.moe.drop_tokens)
-            experts.forward = partial(exchange, experts.forward)
-
-
-def all_experts(model: Decoder) -> list[Experts]:
-    """The experts of every layer that has any."""
-    return [module for module in model.modules() if isinstance(module, Experts)]
+    for module in model.modules():
+        if getattr(module, "exchange", None) is compute_here:
+            module.exchange = _Exchange(meshes.expert.get_group(), even=module.even)
 
 
 class _Exchange:

@@ -137,16 +137,16 @@ def most_ranks(config: Config) -> int | None:
 
 def _check_tensor(config: Config) -> None:
     """What the tensor-parallel ranks share must divide evenly among them."""
-    size, mode, model = config.parallel.tensor.size, config.parallel.tensor.mode, config.model
+    size, mode, model = config.parallel.tensor.size, config.parallel.tensor.mode, config.architecture
     if size == 1:
         return
-    shared = {"model.num_attention_heads": model.num_attention_heads}
+    shared = {(model.keys[name], number) for name, number in model.heads.items()}
     if mode != "isp":
-        shared["model.vocab_size"] = model.vocab_size
-        shared["the feed-forward width (see model.multiple_of)"] = model.ffn_width
+        shared |= {(model.keys["vocabulary"], model.vocabulary)}
+        shared |= {(model.keys["width"], width) for width in model.widths}
     if mode != "mtp":
-        shared["data.micro_bsz · data.seq_len"] = config.data.micro_bsz * config.data.seq_len
-    for key, value in shared.items():
+        shared |= {("data.micro_bsz · data.seq_len", config.data.micro_bsz * config.data.seq_len)}
+    for key, value in sorted(shared):
         if value % size:
             raise ConfigError(
                 f"{key}={value} must be a multiple of parallel.tensor.size={size}; change one of the two"
@@ -194,7 +194,8 @@ def _check_schedule(config: Config, micro_num: int) -> None:
 
 def _most_expert_ranks(config: Config, data: int) -> int:
     """Where ``parallel.expert.size`` is null; only the native engine spreads experts."""
-    return math.gcd(data, config.model.num_experts) if config.trainer.engine == "native" else 1
+    counts = [experts.count for experts in config.architecture.expert_layers] or [1]
+    return math.gcd(data, *counts) if config.trainer.engine == "native" else 1
 
 
 def _micro_num(data: DataConfig, ranks: int) -> int:

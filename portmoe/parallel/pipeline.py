@@ -115,7 +115,7 @@ class Pipeline:
         """The shapes and types of the hidden states and of the auxiliary loss."""
         shape = (
             self._layout.tokens_per_micro_batch // self._layout.sequence,
-            self._config.model.hidden_size,
+            self._config.architecture.hidden,
         )
         x_TH = torch.empty(shape, dtype=compute_dtype(self._config.model), device="meta", requires_grad=True)
         return x_TH, torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)

@@ -6,7 +6,13 @@ from dataclasses import dataclass
 
 from portmoe.config import Config
 from portmoe.costs.flops import head_forward_flops, layer_forward_flops
-from portmoe.costs.parameters import ParameterCount, count_parameters, layer_parameters
+from portmoe.costs.parameters import (
+    ParameterCount,
+    count_parameters,
+    embedding_parameters,
+    head_parameters,
+    layer_parameters,
+)
 from portmoe.parallel.layout import Layout
 
 
@@ -49,18 +55,15 @@ def stages_of(config: Config, rank: int) -> list[Stage]:
 
 def rank_parameters(config: Config, rank: int) -> ParameterCount:
     """Numbers of the parameters rank ``rank`` of the pipeline holds; without a pipeline of all there are."""
-    model = config.model
-    counts = Counter()
+    model, count = config.architecture, ParameterCount()
     for stage in stages_of(config, rank):
-        vocabulary, norm = model.vocab_size * model.hidden_size, model.hidden_size
-        counts.update(
-            total=stage.embed * vocabulary + stage.head * (vocabulary + norm), norms=stage.head * norm
-        )
-        for layer in stage.layers:
-            held = layer_parameters(config, model.is_moe_layer(layer))
-            counts.update(total=held.total, router=held.router, experts=held.experts, norms=held.norms)
-    idle = counts["experts"] - counts["experts"] * config.moe.top_k // model.num_experts
-    return ParameterCount(active=counts["total"] - idle, **{"router": 0, "experts": 0, **counts})
+        if stage.embed:
+            count += embedding_parameters(model)
+        for kind, number in Counter(model.layers[place] for place in stage.layers).items():
+            count += layer_parameters(model, kind) * number
+        if stage.head:
+            count += head_parameters(model)
+    return count
 
 
 def fullest_rank(config: Config) -> int:
@@ -107,23 +110,19 @@ def _span(stage: Stage) -> str:
 
 def costs(config: Config) -> tuple[float, list[float], float]:
     """Costs of the embedding, of each layer and of the head; they add up to 1."""
-    model = config.model
-    moe = [model.is_moe_layer(layer) for layer in range(model.num_layers)]
-    parameters = {kind: layer_parameters(config, kind).total for kind in set(moe)}
+    model, recomputed = config.architecture, config.recomputed_layers
+    parameters = {kind: layer_parameters(model, kind).total for kind in model.kinds}
+    forward = {kind: layer_forward_flops(config, kind, causal=True) for kind in model.kinds}
     total = count_parameters(config).total
-    vocabulary = model.vocab_size * model.hidden_size
-    passes = [4 if layer < model.checkpointed_layers else 3 for layer in range(model.num_layers)]
-    flops = [
-        count * layer_forward_flops(config, kind, causal=True)
-        for count, kind in zip(passes, moe, strict=True)
-    ]
+    flops = [(4 if place < recomputed else 3) * forward[kind] for place, kind in enumerate(model.layers)]
     head_flops = 3 * head_forward_flops(config)
     all_flops = sum(flops) + head_flops
     layers = [
-        (parameters[kind] / total + work / all_flops) / 2 for kind, work in zip(moe, flops, strict=True)
+        (parameters[kind] / total + work / all_flops) / 2
+        for kind, work in zip(model.layers, flops, strict=True)
     ]
-    head = ((vocabulary + model.hidden_size) / total + head_flops / all_flops) / 2
-    return vocabulary / total / 2, layers, head
+    head = (head_parameters(model).total / total + head_flops / all_flops) / 2
+    return embedding_parameters(model).total / total / 2, layers, head
 
 
 def _most_even(layers: list[float], parts: int) -> list[int]:

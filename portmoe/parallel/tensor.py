@@ -14,32 +14,24 @@ Gradients there are parts of a sum too: of the parameters that are not cut, ``su
 once a step. ``vocabulary`` has the embedding, the head and the loss.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from portmoe.model.attention import Attention
 from portmoe.model.decoder import Block, Decoder
-from portmoe.model.feed_forward import FeedForward
-from portmoe.model.linear import Linear
-from portmoe.model.moe import MoELayer
-from portmoe.model.norm import RMSNorm
-from portmoe.model.precision import computed, local_tensor
-from portmoe.model.router import Router
-from portmoe.ops import Routing
+from portmoe.model.precision import local_tensor
+from portmoe.model.sharing import Alone, declared_cuts
 from portmoe.parallel.regather import regathered
 
 
 @dataclass(frozen=True)
-class Region:
+class Region(Alone):
     """How activations enter and leave the part of a layer that ``mesh``'s ranks share."""
 
     mesh: DeviceMesh
@@ -52,6 +44,14 @@ class Region:
         if mode == "isp":
             return None
         return cls(mesh, Replicate() if mode == "mtp" else Shard(0), regather=mode == "fsp")
+
+    @property
+    def parts(self) -> int:
+        return self.mesh.size()
+
+    @property
+    def rank(self) -> int:
+        return self.mesh.get_local_rank()
 
     @contextmanager
     def entered(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -73,76 +73,47 @@ class Region:
         parts = DTensor.from_local(y, self.mesh, [Partial()], run_check=False)
         return parts.redistribute(placements=[self.outside]).to_local()
 
-
-def cut(module: nn.Module, name: str, mesh: DeviceMesh, placements: list[Placement]) -> None:
-    """Leave this rank its part of a parameter on the meta device, as a DTensor."""
-    whole = module.get_parameter(name).detach()
-    setattr(module, name, nn.Parameter(distribute_tensor(whole, mesh, placements, src_data_rank=None)))
+    def counted_once(self, loss: torch.Tensor) -> None:
+        if loss.requires_grad:  # gradients inside are summed over the ranks
+            loss.register_hook(lambda gradient: gradient / self.parts)
 
 
 def share(model: Decoder, region: Region) -> None:
-    """Cut attentions and dense networks of ``model``, and make them and the MoE layers regions.
+    """Make every part of ``model`` that declares a region one that the ranks share.
 
-    ``expert.spread`` cuts the experts. A layer that recomputes itself gathers anew in doing so, and what
-    it then keeps lives for one backward pass: there ``fsp`` has nothing to save.
+    A region inside another is none: what is around it enters and leaves. A layer that recomputes itself
+    gathers anew in doing so, and what it then keeps lives for one backward pass: there ``fsp`` has nothing to
+    save.
     """
-    for block in model.layers.values():
-        _share_block(block, replace(region, regather=region.regather and not block.recompute))
+    for module in model.children():
+        _share(module, region)
+    _share_biases(model, region)
 
 
-def _share_block(block: Block, region: Region) -> None:
-    for module in list(block.modules()):
-        if isinstance(module, Attention):
-            for name in ("weight", "bias"):
-                cut(module.qkv, name, region.mesh, [Shard(0)])  # rows are head-major: whole heads
-            cut(module.out, "weight", region.mesh, [Shard(1)])
-            module.out.forward = partial(_linear_part, module.out, region.mesh.size())
-            module.forward = partial(_in_region, region, module.forward)
-        elif isinstance(module, FeedForward):
-            for linear, dim in ((module.w1, 0), (module.w3, 0), (module.w2, 1)):
-                cut(linear, "weight", region.mesh, [Shard(dim)])
-        elif isinstance(module, MoELayer):
-            module.compute = partial(_moe_in_region, region, module.compute)
-    if not block.is_moe:
-        block.feed_forward.forward = partial(_in_region, region, block.feed_forward.forward)
+def _share(module: nn.Module, region: Region) -> None:
+    if getattr(module, "region", None) is not None:
+        module.region = region
+        return
+    if isinstance(module, Block) and module.recompute:
+        region = replace(region, regather=False)
+    for inner in module.children():
+        _share(inner, region)
 
 
-def _in_region(
-    region: Region, compute: Callable[..., torch.Tensor], x: torch.Tensor, *rest: Any
-) -> torch.Tensor:
-    with region.entered(x) as whole:
-        return region.leave(compute(whole, *rest))
-
-
-def _moe_in_region(
-    region: Region,
-    compute: Callable[[torch.Tensor, int], tuple[torch.Tensor, Routing]],
-    x: torch.Tensor,
-    noise_seed: int,
-) -> tuple[torch.Tensor, Routing]:
-    with region.entered(x) as whole:
-        y, routing = compute(whole, noise_seed)
-    if routing.aux_loss.requires_grad:
-        # Every rank has the whole auxiliary loss, and in here gradients are summed over the ranks.
-        routing.aux_loss.register_hook(lambda gradient: gradient / region.mesh.size())
-    return region.leave(y), routing
-
-
-def _linear_part(linear: Linear, parts: int, x: torch.Tensor) -> torch.Tensor:
-    """A part of the linear map's result; the bias is not cut, and each rank adds its share of it."""
-    product = linear.ops.linear(x, computed(linear.weight, x.dtype), None)
-    return product + computed(linear.bias, x.dtype) / parts
+def _share_biases(model: Decoder, region: Region) -> None:
+    """Where ranks add up products cut along their inputs, each adds its part of the bias, which is whole."""
+    cuts = declared_cuts(model)
+    for name, cut in cuts.items():
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "bias" and cut.tensor is None and cuts[f"{owner}.weight"].tensor is not None:
+            model.get_submodule(owner).bias_parts = region.parts
 
 
 def summed_parameters(model: nn.Module, region: Region) -> Iterator[nn.Parameter]:
     """The parameters that every rank holds and of whose gradient it computes only a part."""
-    for module in model.modules():
-        if isinstance(module, Attention):
-            yield module.out.bias
-        elif isinstance(module, Router) or (isinstance(module, RMSNorm) and region.outside.is_shard()):
-            yield module.weight
-        elif isinstance(module, MoELayer) and hasattr(module, "coefficient"):
-            yield from module.coefficient.parameters()
+    for name, cut in declared_cuts(model).items():
+        if cut.tensor is None and (cut.inside or region.outside.is_shard()):
+            yield model.get_parameter(name)
 
 
 def sum_gradients(model: nn.Module, region: Region | None) -> None:

@@ -1,35 +1,64 @@
-"""What a config gives the operations to do: the shapes and types they are chosen by."""
+"""What a rank is given to do: its share of a micro-batch, and every operation it calls with which shapes."""
 
 import torch
 
 from portmoe.config import Config
+from portmoe.costs.outline import outline
+from portmoe.families.architecture import Experts
 from portmoe.model.capacity import expert_capacity
 from portmoe.model.precision import compute_dtype
-from portmoe.ops import Workload
+from portmoe.model.share import Share
+from portmoe.ops import CallSites, Workload
 from portmoe.parallel.layout import Layout
 
 
-def workload_of(config: Config, layout: Layout, device: torch.device) -> Workload:
-    """One rank's work per micro-batch."""
-    model, moe = config.model, config.moe
-    width = 1 if config.parallel.tensor.mode == "isp" else layout.tensor  # what weights are cut by
-    return Workload(
+def share_of(config: Config, layout: Layout, device: torch.device) -> Share:
+    """One rank's share of a micro-batch and of each layer's weights."""
+    mode, tokens = config.parallel.tensor.mode, layout.tokens_per_micro_batch
+    return Share(
         device=device,
-        dtype=compute_dtype(model),
-        tokens=layout.tokens_per_micro_batch,
+        dtype=compute_dtype(config.model),
+        tokens=tokens,
         seq_len=config.data.seq_len,
-        hidden=model.hidden_size,
-        heads=model.num_attention_heads // layout.tensor,
-        head_dim=model.head_dim,
-        ffn_width=model.ffn_width // width,
-        vocab=model.vocab_size // width,
-        experts=model.num_experts // layout.expert,
-        top_k=moe.top_k,
-        # an expert sees the rows of all ranks that spread the experts among them
-        capacity=expert_capacity(config, layout.tokens_per_micro_batch) * layout.expert,
+        attended=config.data.seq_len / 2,  # what causality leaves
         # dummy samples of fixed length fill seq_len exactly; those of a data set do not
         equal_segments=config.data.train_folder is None and config.data.fixed_random_dataset_seqlen,
-        qk_interleaved=model.qk_interleaved,
-        dropless=model.moe_type == "MegaBlock-D",
-        random_drops=moe.use_rts and moe.drop_tokens and moe.top_k == 1,
+        ranks=layout.tensor,
+        token_split=mode == "isp" and layout.tensor > 1,
+        between=tokens // layout.sequence,
+        regather=mode == "fsp" and layout.tensor > 1,
+        expert_ranks=layout.expert,
+    )
+
+
+def call_sites(config: Config, layout: Layout, device: torch.device) -> CallSites:
+    """Operation → site → what it is given there in a training step, over all ranks' layers."""
+    share, model = share_of(config, layout, device), config.architecture
+    sites: dict[str, dict[str, Workload]] = {}
+    for call in outline(model).calls(share):
+        sites.setdefault(call.operation, {})[call.site] = call.workload
+    first = next(iter(model.kinds)).network
+    updated = share.workload(share.tokens, hidden=model.hidden, ffn_width=first.width)
+    return sites | {"adamw": {"": updated}}
+
+
+def workload_of(config: Config, layout: Layout, device: torch.device) -> Workload:
+    """The sizes of a layer in one, for trying every operation on them, whether the model calls it or not."""
+    share, model = share_of(config, layout, device), config.architecture
+    layer = next((kind for kind in model.kinds if isinstance(kind.network, Experts)), model.layers[0])
+    sizes = {"experts": 1, "top_k": 1, "capacity": share.tokens}
+    if isinstance(layer.network, Experts):
+        capacity = expert_capacity(layer.network, share.tokens)
+        gate = layer.network.gate
+        sizes = {"experts": layer.network.count, "top_k": gate.top_k, "capacity": capacity}
+        sizes |= {"dropless": gate.dropless, "random_drops": gate.random_drops}
+    return share.workload(
+        share.tokens,
+        hidden=model.hidden,
+        heads=layer.attention.heads,
+        head_dim=layer.attention.head_dim,
+        ffn_width=layer.network.width,
+        vocab=model.vocabulary,
+        qk_interleaved=layer.attention.rotary.interleaved,
+        **sizes,
     )

@@ -20,10 +20,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Shard
 
-from portmoe.costs.parameters import exact_modules
+from portmoe.costs.parameters import exact_modules, spread_modules
 from portmoe.model.decoder import Decoder
 from portmoe.model.precision import local_tensor
-from portmoe.parallel.expert import all_experts
 from portmoe.parallel.mesh import Meshes
 
 
@@ -44,7 +43,7 @@ def shard(model: Decoder, meshes: Meshes, dtype: torch.dtype) -> None:
     settings = _settings(meshes.data) | {"reshard_after_forward": drop}
     if meshes.expert.size() > 1:
         of_experts = _settings(meshes.expert_data) | {"reshard_after_forward": drop}
-        for experts in all_experts(model):
+        for experts in spread_modules(model):
             fully_shard(experts, **of_experts, mp_policy=compute)
             # An expert's gradient is the sum over all tokens, those of other ranks included, and the
             # loss a mean over all data-parallel ranks. On one rank torch divides when it copies, and would

@@ -14,7 +14,7 @@ from portmoe.costs.parameters import count_parameters
 from portmoe.ops import OPERATIONS, choose
 from portmoe.parallel.layout import Layout, most_ranks
 from portmoe.parallel.stages import describe, in_flight, stages_of
-from portmoe.parallel.workload import workload_of
+from portmoe.parallel.workload import call_sites, share_of
 from portmoe.planning.memory_check import state_of_rank, weights_dtype
 
 
@@ -80,20 +80,14 @@ def _memory(config: Config, layout: Layout) -> Iterator[tuple[str, str]]:
 
 def _activations(config: Config, layout: Layout) -> int:
     """Of the rank that holds most: its layers' share for every micro-batch under way, the head's for one."""
-    chunks, tokens = config.model.num_chunks, layout.tokens_per_micro_batch
-    cut = {"tensor_ranks": layout.tensor, "sequence_ranks": layout.sequence}
-    if config.parallel.tensor.mode == "fsp":
-        cut["input_ranks"] = layout.tensor
-    if config.parallel.tensor.mode == "isp":  # all heads of some tokens are as much as some of all
-        tokens, cut = tokens // layout.sequence, {}
-    layers = activation_bytes(config, tokens, head=False, **cut)
-    head = activation_bytes(config, tokens, **cut) - layers
+    chunks, share = config.model.num_chunks, share_of(config, layout, torch.device("meta"))
+    head = activation_bytes(config, share, layers=())
     held = []
     for rank in range(layout.pipeline):
         stages = stages_of(config, rank)
-        share = sum(len(stage.layers) for stage in stages) / config.model.num_layers
-        under_way = in_flight(layout, chunks, rank) / chunks
-        held.append(round(layers * share * under_way) + head * stages[-1].head)
+        places = [place for stage in stages for place in stage.layers]
+        layers = activation_bytes(config, share, places, head=False)
+        held.append(round(layers * in_flight(layout, chunks, rank) / chunks) + head * stages[-1].head)
     return max(held)
 
 
@@ -120,7 +114,9 @@ def _communication(config: Config, layout: Layout) -> Iterator[tuple[str, str]]:
 
 
 def _flops(config: Config) -> Iterator[tuple[str, str]]:
-    experts = f"{config.moe.top_k} expert{'s' if config.moe.top_k > 1 else ''} per token at the real width"
+    choices = sorted({experts.gate.top_k for experts in config.architecture.expert_layers})
+    plural = "s" if choices != [1] else ""
+    experts = f"{' or '.join(map(str, choices)) or 'no'} expert{plural} per token at the real width"
     per_token = (
         ("benchmark", benchmark_flops_per_token(config), "one expert per token, full attention"),
         ("model", model_flops_per_token(config), f"{experts}, full attention"),
@@ -137,11 +133,11 @@ def _operations(
     if config.ops.select == "measure":
         notes.append("note: ops.select is 'measure': training may choose others, by measurement")
     by_order = config.model_copy(update={"ops": config.ops.model_copy(update={"select": "order"})})
-    workload = workload_of(config, layout, torch.device(accelerator.device.type))
+    sites = call_sites(config, layout, torch.device(accelerator.device.type))
     table = choose(
         OPERATIONS,
         accelerator.ops.implementations(),
-        workload,
+        sites,
         by_order,
         log=lambda line: notes.append(f"note: {line}"),
     )

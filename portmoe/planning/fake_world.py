@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import (
 
 from portmoe.config import Config
 from portmoe.data.batch import Batch
+from portmoe.families.architecture import Layer
 from portmoe.model.decoder import Decoder, StageOutput
 from portmoe.model.precision import compute_dtype
 from portmoe.ops import OPERATIONS, OpTable, Routing, Segments
@@ -103,10 +104,11 @@ def _dropping(gating: Callable[..., Routing]) -> Callable[..., Routing]:
 def _step(config: Config, layout: Layout, meshes: Meshes) -> Traffic:
     """One step's traffic: of each stage's ends, and of its layers, of which those of one kind are alike."""
     traffic, sums = Traffic(), Traffic()
+    model, recomputed = config.architecture, config.recomputed_layers
     for stage in stages_of(config, meshes.pipeline.get_local_rank()):
-        kinds: dict[tuple[bool, bool], list[int]] = {}
+        kinds: dict[tuple[Layer, bool], list[int]] = {}
         for layer in stage.layers:
-            kind = (config.model.is_moe_layer(layer), layer < config.model.checkpointed_layers)
+            kind = (model.layers[layer], layer < recomputed)
             kinds.setdefault(kind, []).append(layer)
         one_of_each = [layers[0] for layers in kinds.values()]
         longer = {layers[1]: len(layers) - 1 for layers in kinds.values() if len(layers) > 1}
@@ -160,7 +162,7 @@ def _pass(config: Config, layout: Layout, decoder: Decoder, last: bool) -> Traff
     inputs, aux_so_far = batch.tokens_T, None
     if decoder.embedding is None:
         tokens = len(batch.tokens_T) // layout.sequence
-        shape, dtype = (tokens, config.model.hidden_size), compute_dtype(config.model)
+        shape, dtype = (tokens, config.architecture.hidden), compute_dtype(config.model)
         inputs = torch.zeros(shape, dtype=dtype, requires_grad=True)
         aux_so_far = torch.zeros((), requires_grad=True)
     with Counted() as counted:
@@ -181,7 +183,7 @@ def _batch(layout: Layout) -> Batch:
 def _add_stage_messages(traffic: Traffic, config: Config, layout: Layout, meshes: Meshes) -> None:
     """Hidden states and auxiliary loss to the next stage, their gradients back, for each micro-batch."""
     group = meshes.pipeline.get_group().group_name
-    hidden = config.model.hidden_size * compute_dtype(config.model).itemsize
+    hidden = config.architecture.hidden * compute_dtype(config.model).itemsize
     sizes = (layout.tokens_per_micro_batch // layout.sequence * hidden, FP32_BYTES)
     last = len(split_stages(config)) - 1
     for stage in stages_of(config, meshes.pipeline.get_local_rank()):

@@ -6,14 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.profiler import profile, supported_activities
 
 from portmoe.accelerator import Device
-from portmoe.costs.step_cost import Cost, step_cost
+from portmoe.costs.step_cost import Cost
 from portmoe.errors import TrainingError
-from portmoe.model.decoder import Block
-from portmoe.ops import Workload
+from portmoe.model.share import Share
 from portmoe.profiling.attribution import OTHER, Usage, attribute
 from portmoe.profiling.ceiling import Ceiling
 from portmoe.profiling.spans import WAITING
@@ -35,6 +33,7 @@ class StepProfile:
     Args:
         path: of the trace file; its folder is made.
         steps: that will be run.
+        share: the rank's, whose device and dtype the parts are held against the ceilings of.
         least: part → what it cannot do without, per step.
         device: the backend's device part.
         linear: what computes the model's products.
@@ -42,7 +41,7 @@ class StepProfile:
 
     path: Path
     steps: int
-    workload: Workload
+    share: Share
     least: Mapping[str, Cost]
     device: Device
     linear: Callable[..., torch.Tensor]
@@ -69,8 +68,8 @@ class StepProfile:
         finished.__exit__(None, None, None)
         self._write(finished)
         usages = attribute(finished.events(), on_host=self.device.on_host)
-        ceiling = Ceiling(self.device, self.workload.device, self.linear)
-        peaks = ceiling.matmul_flops(self.workload.dtype), ceiling.copy_bytes_per_second()
+        ceiling = Ceiling(self.device, self.share.device, self.linear)
+        peaks = ceiling.matmul_flops(self.share.dtype), ceiling.copy_bytes_per_second()
         return table(usages, seconds, profiled, self.least, peaks) + f"\ntrace: {self.path}"
 
     def _write(self, finished: profile) -> None:
@@ -79,22 +78,6 @@ class StepProfile:
             finished.export_chrome_trace(str(self.path))
         except OSError as error:
             raise TrainingError(f"cannot write the trace {self.path}: {error.strerror}") from error
-
-
-def least_work(
-    decoders: nn.ModuleList, parameters: int, workload: Workload, micro_batches: int
-) -> dict[str, Cost]:
-    """What each part of a step cannot do without; ``parameters`` are those this rank updates."""
-    blocks = [module for module in decoders.modules() if isinstance(module, Block)]
-    moe_layers = sum(block.is_moe for block in blocks)
-    return step_cost(
-        workload,
-        moe_layers=moe_layers,
-        dense_layers=len(blocks) - moe_layers,
-        head=any(decoder.head is not None for decoder in decoders),
-        micro_batches=micro_batches,
-        parameters=parameters,
-    )
 
 
 def table(

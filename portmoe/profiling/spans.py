@@ -12,24 +12,11 @@ from typing import Any
 from torch import nn
 from torch.profiler import record_function
 
-from portmoe.model.attention import Attention
-from portmoe.model.experts import Experts
-from portmoe.model.feed_forward import FeedForward
-from portmoe.model.norm import RMSNorm
-from portmoe.model.router import Router
 from portmoe.ops import OpTable
 
 PREFIX = "portmoe::"
 OPTIMIZER, WAITING = "optimizer", "waiting"
 
-MODULES: dict[type[nn.Module], str] = {
-    Router: "router",
-    Experts: "experts",
-    Attention: "attention",
-    FeedForward: "dense network",
-    RMSNorm: "norms",
-    nn.Embedding: "embedding",
-}
 OPERATIONS = {
     "topk_gating": "router",
     "megablock_gating": "router",
@@ -54,11 +41,10 @@ def marked_operations(ops: OpTable) -> OpTable:
 
 
 def mark_modules(model: nn.Module) -> None:
-    """Mark every module of ``MODULES`` in ``model``, for good."""
+    """Mark every module of ``model`` whose class names its ``part`` of a step, for good."""
     for module in model.modules():
-        for kind, part in MODULES.items():
-            if isinstance(module, kind):  # the sharding engine gives modules classes of their own
-                _mark(module, part)
+        if part := getattr(module, "part", ""):
+            _mark(module, part)
 
 
 def _mark(module: nn.Module, part: str) -> None:

@@ -65,7 +65,8 @@ class DeepSpeedEngine(Engine):
             group: {name: nn.Parameter(self._pieces[name][1], requires_grad=False) for name in members}
             for group, members in parameter_groups(decoder).items()
         }
-        self.optimizer = Optimizer(groups, ops.adamw, config.adam, world, config.model.num_layers, holders=1)
+        layers = len(config.architecture.layers)
+        self.optimizer = Optimizer(groups, ops.adamw, config.adam, world, layers, holders=1)
         update.apply = self._apply
 
     def _cut(self) -> Iterator[tuple[str, tuple[int, torch.Tensor]]]:
@@ -107,7 +108,7 @@ class DeepSpeedEngine(Engine):
     def _update(self, lr: float, beta2: float, loss_scale: float) -> dict[str, list[float]]:
         limit = self._config.hybrid_zero_optimizer.clip_grad_norm
         self._settings_of_step = {"lr": lr, "beta2": beta2, "loss_scale": loss_scale, "limit": limit}
-        places = self._config.model.num_layers + 2
+        places = len(self._config.architecture.layers) + 2
         # Stays where stage 3, which looks itself, finds a gradient that is not finite and skips the step.
         self._norms = {group: [float("nan")] * places for group in self.optimizer.groups}
         self._zero.step()

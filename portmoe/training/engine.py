@@ -66,6 +66,7 @@ class Engine(ABC):
     def __init__(self, config: Config, device: torch.device) -> None:
         self.loss_scale = LossScale(config.grad_scaler, config.model.dtype)
         self._config = config
+        self._experts = config.architecture.experts
         self._device = device
         self._backward_clock = Stopwatch(device)
         self._step_clock = Stopwatch(device)
@@ -74,7 +75,7 @@ class Engine(ABC):
         """Make one update from this rank's micro-batches; skip it where any rank's gradient is not finite."""
         scale = self.loss_scale.scale
         batches = [batch.to(self._device, non_blocking=True) for batch in batches]
-        metrics = StepMetrics(self._config.model.num_experts, batches)
+        metrics = StepMetrics(self._experts, batches)
 
         def objective(batch: Batch, output: DecoderOutput | StageOutput) -> torch.Tensor | None:
             loss = mean_loss(output, batch)
@@ -108,7 +109,7 @@ class Engine(ABC):
     def evaluate(self, batches: Sequence[Batch]) -> StepMetrics:
         """The metrics of ``batches`` with evaluation's capacity and without noise; changes nothing."""
         batches = [batch.to(self._device, non_blocking=True) for batch in batches]
-        metrics = StepMetrics(self._config.model.num_experts, batches)
+        metrics = StepMetrics(self._experts, batches)
 
         def measure(batch: Batch, output: DecoderOutput | StageOutput) -> torch.Tensor | None:
             loss = mean_loss(output, batch)
@@ -177,9 +178,8 @@ class NativeEngine(Engine):
             initialise(decoder, config)
         groups = merged(map(parameter_groups, self.model))
         holders = layout.world // layout.pipeline
-        self.optimizer = Optimizer(
-            groups, ops.adamw, config.adam, world, config.model.num_layers, holders, layout.moments > 1
-        )
+        layers, cut_moments = len(config.architecture.layers), layout.moments > 1
+        self.optimizer = Optimizer(groups, ops.adamw, config.adam, world, layers, holders, cut_moments)
         self._region = Region.of_mode(meshes.tensor, config.parallel.tensor.mode)
         self._pipeline = None
         if layout.pipeline > 1:

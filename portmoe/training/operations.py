@@ -10,7 +10,7 @@ from portmoe.config import Config
 from portmoe.ops import OPERATIONS, OpTable, choose
 from portmoe.ops.timings import Timings, cache_file
 from portmoe.parallel.layout import Layout
-from portmoe.parallel.workload import workload_of
+from portmoe.parallel.workload import call_sites
 
 
 def choose_operations(
@@ -30,7 +30,7 @@ def choose_operations(
 
     def chosen(timings: Timings | None = None) -> OpTable:
         offered = accelerator.ops.implementations()
-        return choose(OPERATIONS, offered, workload_of(config, layout, device), config, log, timings)
+        return choose(OPERATIONS, offered, call_sites(config, layout, device), config, log, timings)
 
     if config.ops.select != "measure":
         return chosen()

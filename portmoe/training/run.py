@@ -7,11 +7,12 @@ from portmoe.checkpoint.store import complete_steps
 from portmoe.config import Config
 from portmoe.costs.flops import benchmark_flops_per_token, model_flops_per_token
 from portmoe.costs.parameters import count_parameters
+from portmoe.costs.step_cost import step_cost
 from portmoe.errors import TrainingError
 from portmoe.launch.placement import gather_places, placement
 from portmoe.model.precision import compute_dtype
-from portmoe.parallel.workload import workload_of
-from portmoe.profiling.profile import FOLDER, StepProfile, least_work
+from portmoe.parallel.workload import share_of
+from portmoe.profiling.profile import FOLDER, StepProfile
 from portmoe.profiling.spans import mark_modules
 from portmoe.record import provenance
 from portmoe.record.report import RunFacts, end_summary, start_block
@@ -76,12 +77,12 @@ def _profile(session: Session) -> StepProfile | None:
         return None
     engine, layout = session.engine, session.machine.layout
     mark_modules(engine.model)
-    workload = workload_of(session.config, layout, session.machine.device)
+    share = share_of(session.config, layout, session.machine.device)
     path = session.run.path / FOLDER / f"trace-rank{session.machine.ranks.rank:05d}.json.gz"
     updated = sum(moment.numel() for moment in engine.optimizer.exp_avg.values())
-    least = least_work(engine.model, updated, workload, layout.micro_num)
+    least = step_cost(engine.model, share, micro_batches=layout.micro_num, parameters=updated)
     device, linear = session.machine.accelerator.device, session.ops.linear
-    return StepProfile(path, steps, workload, least, device, linear)
+    return StepProfile(path, steps, share, least, device, linear)
 
 
 def _facts(session: Session, ranks: str) -> RunFacts:

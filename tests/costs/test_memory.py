@@ -1,5 +1,7 @@
 """The memory formulas against bytes measured on a small model, and hand-computed state."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,9 +12,10 @@ from portmoe.costs.parameters import count_parameters
 from portmoe.data.batch import Batch
 from portmoe.model import Decoder, Router
 from portmoe.model.precision import compute_dtype
+from portmoe.model.share import Share
 from portmoe.ops import OPERATIONS, OpTable, Segments, choose
 from portmoe.parallel.layout import Layout
-from portmoe.parallel.workload import workload_of
+from portmoe.parallel.workload import call_sites, share_of
 
 TOKENS = 64
 
@@ -32,8 +35,14 @@ def make_config(**model) -> Config:
 
 def cpu_table(config: Config) -> OpTable:
     """What the CPU chooses for this model."""
-    workload = workload_of(config, Layout.plan(config, 1), torch.device("cpu"))
-    return choose(OPERATIONS, get_accelerator("cpu").ops.implementations(), workload, config)
+    sites = call_sites(config, Layout.plan(config, 1), torch.device("cpu"))
+    return choose(OPERATIONS, get_accelerator("cpu").ops.implementations(), sites, config)
+
+
+def share(config: Config, **ranks) -> Share:
+    """A micro-batch of ``TOKENS``."""
+    whole = share_of(config, Layout.plan(config, 1), torch.device("cpu"))
+    return dataclasses.replace(whole, tokens=TOKENS, **{"between": TOKENS} | ranks)
 
 
 def saved_bytes(config: Config) -> int:
@@ -75,22 +84,23 @@ def saved_bytes(config: Config) -> int:
 )
 def test_estimate_is_close_to_what_the_cpu_keeps(model):
     config = make_config(**model)
-    assert 0.9 < saved_bytes(config) / activation_bytes(config, TOKENS) < 1.5
+    assert 0.9 < saved_bytes(config) / activation_bytes(config, share(config)) < 1.5
 
 
 def test_activations_by_hand():
     config = make_config(num_experts=1, num_layers=2, dtype="bfloat16")  # H = 64, F = 96, N = 4
     block = TOKENS * (8 * 64 * 2 + 4 * 4 + 3 * 96 * 2)
     head = TOKENS * (2 * 64 * 2 + 4 + 256 * 2)
-    assert activation_bytes(config, TOKENS) == 2 * block + head
-    assert activation_bytes(config, TOKENS, head=False) == 2 * block
+    assert activation_bytes(config, share(config)) == 2 * block + head
+    assert activation_bytes(config, share(config), head=False) == 2 * block
 
 
 def test_recomputation_keeps_inputs_and_one_layer():
     plain = make_config(num_layers=4)
-    layer = activation_bytes(plain, TOKENS, head=False) // 4
-    for share, count in ((0.5, 2), (True, 4)):
-        recomputed = activation_bytes(make_config(num_layers=4, checkpoint=share), TOKENS, head=False)
+    layer = activation_bytes(plain, share(plain), head=False) // 4
+    for recompute, count in ((0.5, 2), (True, 4)):
+        config = make_config(num_layers=4, checkpoint=recompute)
+        recomputed = activation_bytes(config, share(config), head=False)
         assert recomputed == (4 - count) * layer + count * TOKENS * 64 * 4 + layer
 
 
@@ -150,8 +160,9 @@ def test_activations_of_a_cut_dense_layer():
     # inside the regions 2 inputs, and a quarter of q, k, v, output, log-sum-exp, gate, up and product;
     # between them a quarter of the tokens of 2 inputs
     expected = tokens * (4 * (2 * hidden + hidden + 3 * width // 4 + hidden // 2) + 4)
-    assert activation_bytes(config, tokens, head=False, tensor_ranks=4, sequence_ranks=4) == expected
+    cut = share(config, ranks=4, between=tokens // 4)
+    assert activation_bytes(config, cut, head=False) == expected
     # and a quarter of those in the regions too, where they are gathered again
     expected -= tokens * 4 * (2 * hidden - hidden // 2)
-    cut = {"tensor_ranks": 4, "sequence_ranks": 4, "input_ranks": 4}
-    assert activation_bytes(config, tokens, head=False, **cut) == expected
+    cut = share(config, ranks=4, between=tokens // 4, regather=True)
+    assert activation_bytes(config, cut, head=False) == expected

@@ -5,9 +5,11 @@ import torch
 
 from portmoe.config import Config
 from portmoe.costs.flops import benchmark_flops_per_token, model_flops_per_token
+from portmoe.costs.outline import outline
 from portmoe.costs.parameters import count_parameters, exact_modules, parameter_groups
 from portmoe.model import Decoder
-from portmoe.model.capacity import expert_capacity, expert_rows
+from portmoe.model.capacity import expert_capacity
+from portmoe.model.share import Share
 
 SMALL = {"hidden_size": 24, "num_attention_heads": 2, "num_layers": 5, "vocab_size": 200, "multiple_of": 7}
 VARIANTS = {
@@ -122,11 +124,19 @@ def test_flops_of_dense_and_residual_layers_by_hand():
 )
 def test_capacity_of_a_hundred_tokens(model, moe, capacity, rows):
     config = make_config(model, moe=moe)
-    assert expert_capacity(config, 100) == capacity
+    assert expert_capacity(config.architecture.expert_layers[0], 100) == capacity
     assert expert_rows(config, 100) == rows
 
 
+def expert_rows(config, own, **split):
+    """Of the buffer of a rank with ``own`` tokens."""
+    share = Share(
+        torch.device("meta"), torch.float32, seq_len=100, attended=50, between=own, **{"tokens": own} | split
+    )
+    (block,) = outline(config.architecture).blocks.values()
+    return block.moe.rows(share)
+
+
 def test_ranks_that_split_a_sequence_have_a_row_for_every_choice():
-    isp = {"tensor": {"mode": "isp", "size": 4}}
-    config = Config.model_validate({"moe": {"capacity_factor": 1.5, "top_k": 2}, "parallel": isp})
-    assert expert_rows(config, 100) == 200
+    config = Config.model_validate({"moe": {"capacity_factor": 1.5, "top_k": 2}})
+    assert expert_rows(config, 100, tokens=400, ranks=4, token_split=True) == 200

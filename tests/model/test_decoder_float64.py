@@ -159,7 +159,7 @@ def decoder(config, weights, batch, training=True):
         h = norm(x, p["attention_norm.weight"], eps)
         x = x + attention(h, under(f"layers.{layer}.attention."), config, batch)
         h = norm(x, p["feed_forward_norm.weight"], eps)
-        if config.model.is_moe_layer(layer):
+        if config.model.num_experts > 1 and layer >= config.model.first_k_dense_replace:
             y, layer_aux, layer_assigned, layer_kept = moe(h, under(f"layers.{layer}.moe."), config, training)
             aux = aux + layer_aux
         else:

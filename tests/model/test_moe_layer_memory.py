@@ -9,7 +9,7 @@ from portmoe.config import Config
 from portmoe.model import MoELayer
 from portmoe.ops import OPERATIONS, choose
 from portmoe.parallel.layout import Layout
-from portmoe.parallel.workload import workload_of
+from portmoe.parallel.workload import call_sites
 
 
 def allocated(moe_type, tokens):
@@ -29,7 +29,7 @@ def allocated(moe_type, tokens):
     )
     device = torch.device("cpu")
     offered = portmoe.get_accelerator("cpu").ops.implementations()
-    ops = choose(OPERATIONS, offered, workload_of(config, Layout.plan(config, 1), device), config)
+    ops = choose(OPERATIONS, offered, call_sites(config, Layout.plan(config, 1), device), config)
     layer = MoELayer(config, ops=ops)
     x_TH = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
     with profile(profile_memory=True) as profiler:

@@ -29,7 +29,7 @@ def test_parameters_are_float32_whatever_the_models_dtype():
 @pytest.mark.parametrize("exact", [True, False])
 def test_exact_norms_do_not_round_their_gain(exact):
     generator = torch.Generator().manual_seed(0)
-    norm = RMSNorm(make_config(use_fp32_norm=exact), reference_table())
+    norm = RMSNorm(64, 1e-5, exact, reference_table())
     with torch.no_grad():
         norm.weight.uniform_(1.0, 2.0, generator=generator)
     x_TH = torch.randn(50, 64, generator=generator).bfloat16()

@@ -6,11 +6,13 @@ import sys
 import time
 
 import pytest
+import torch
 
 import portmoe
 from portmoe.cli import main as command
 from portmoe.costs.memory import activation_bytes
 from portmoe.parallel.layout import Layout
+from portmoe.parallel.workload import share_of
 
 MEASURED = """
 import resource, sys
@@ -104,7 +106,8 @@ def test_a_world_of_1024_ranks_with_a_pipeline(capsys):
 def test_a_rank_of_its_own_holds_the_activations_of_the_whole_model_once(capsys):
     """The estimate of the whole model is held against what a process keeps in ``costs/test_memory.py``."""
     config = portmoe.load_config("7b_moe4")
-    whole = activation_bytes(config, Layout.plan(config, 1).tokens_per_micro_batch)
+    share = share_of(config, Layout.plan(config, 1), torch.device("meta"))
+    whole = activation_bytes(config, share)
     shown_as = re.search(r"activations ([\d.]+) GiB", shown(capsys, "--config", "7b_moe4"))[1]
     assert float(shown_as) == pytest.approx(whole / 2**30, abs=0.005)
 

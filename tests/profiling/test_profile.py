@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from agreement import workload
 from run_portmoe import arguments, environment
 from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
@@ -16,6 +15,7 @@ from portmoe.config import Config
 from portmoe.costs.step_cost import Cost, step_cost
 from portmoe.data import Batch
 from portmoe.model.decoder import Decoder
+from portmoe.model.share import Share
 from portmoe.ops import Segments
 from portmoe.profiling.attribution import Usage, attribute
 from portmoe.profiling.profile import table
@@ -114,7 +114,6 @@ def test_the_least_products_are_those_the_model_computes(dense):
             "moe": {"top_k": 2, "capacity_factor": 1.0},
         }
     )
-    model = config.model
     tokens_T = torch.arange(32)
     segments = Segments((0, 16, 32))
     batch = Batch(tokens_T, tokens_T, tokens_T % 16, torch.zeros_like(tokens_T), segments, 0)
@@ -122,12 +121,8 @@ def test_the_least_products_are_those_the_model_computes(dense):
     with FlopCounterMode(display=False) as counter:
         output = decoder(batch.tokens_T, batch)
         (output.loss_T.sum() + output.aux_loss).backward()
-    work = workload(
-        tokens=32, seq_len=16, hidden=64, head_dim=32, ffn_width=model.ffn_width, vocab=224, capacity=16
-    )
-    costs = step_cost(
-        work, moe_layers=2 - dense, dense_layers=dense, head=True, micro_batches=1, parameters=10
-    )
+    share = Share(torch.device("cpu"), torch.float32, tokens=32, seq_len=16, attended=8)
+    costs = step_cost([decoder], share, micro_batches=1, parameters=10)
     masked = 2 * 3 * 4 * 64 * (32 * 32 - 32 * 8)  # pairs of tokens: all, without the two causal halves
     assert sum(cost.flops for cost in costs.values()) + masked == counter.get_total_flops()
     assert costs["optimizer"] == Cost(0, 320)

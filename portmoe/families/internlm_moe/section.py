@@ -115,6 +115,7 @@ def architecture(config: "Config") -> arch.Architecture:
         exact_norms=config.use_fp32_norm,
         embedding_gradient=model.embed_grad_scale,
         initial=arch.Initial(projection=0.006, router=0.0015, vocabulary=0.0052, by_depth=True),
+        nominal_ratio=model.mlp_ratio,
         keys=KEYS,
     )
 

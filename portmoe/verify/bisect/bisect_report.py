@@ -15,11 +15,11 @@ PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
 
 def text(found: Bisection) -> str:
     """The walk phase by phase, the whole model, and what to do about it last."""
-    model = found.config.model
+    model = found.config.architecture
     lines = [
         f"reference  {found.reference}, plain references",
         f"backend    {found.backend} ({found.device})",
-        f"step       {model.num_layers} layers, hidden {model.hidden_size}, {model.dtype}, "
+        f"step       {len(model.layers)} layers, hidden {model.hidden}, {found.config.model.dtype}, "
         f"{found.tokens} tokens, seed {found.config.run.seed}",
         "",
         *(_phase(found, phase) for phase in PHASES),

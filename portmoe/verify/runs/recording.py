@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from portmoe.model.vocabulary import Embedding
 from portmoe.ops import OPERATIONS, OpTable
 from portmoe.ops.operation import Operation, Sample, rounding
 from portmoe.ops.workload import Workload
@@ -65,8 +66,9 @@ class Recorder:
         self.calls: list[Call] = []
         self._begun: Call | None = None  # a plain operation, while its module computes it
         for place, module in model.named_modules():
-            if isinstance(getattr(module, "ops", None), OpTable):
-                module.ops = module.ops.wrapped(partial(self._recorded, place or "decoder", module.ops.site))
+            tables = {name: value for name, value in vars(module).items() if isinstance(value, OpTable)}
+            for name, ops in tables.items():
+                setattr(module, name, ops.wrapped(partial(self._recorded, place or "decoder", ops.site)))
             if type(module) in _PLAIN:
                 module.register_forward_pre_hook(partial(self._before, place), with_kwargs=True)
                 module.register_forward_hook(self._after)
@@ -103,7 +105,7 @@ def _embedding_of(module: nn.Embedding, tokens_T: torch.Tensor) -> tuple:
 
 # A module that computes one plain operation: that operation, and its arguments.
 _PLAIN: dict[type, Callable[..., tuple]] = {
-    nn.Embedding: _embedding_of,
+    Embedding: _embedding_of,
 }
 
 

@@ -103,7 +103,7 @@ def test_a_right_backend_is_not_reported(suspect, model, dtype):
     assert found.whole.loss <= found.whole.band_forward
     places = [judged.place for judged in found.calls]
     assert places[:3] == ["embedding", "layers.0.attention_norm", "layers.0.attention.qkv"]
-    assert places[-3:] == ["norm", "decoder", "optimizer"]
+    assert places[-3:] == ["norm", "head", "optimizer"]
 
 
 def test_every_operation_is_met():

@@ -1,0 +1,105 @@
+"""What modules declare of how ranks may share them, and what they do alone.
+
+A module names the ``cuts`` of its parameters, and where activations cross between ranks it calls its
+``region``, ``tokens`` or ``exchange``, which do nothing until ``parallel`` puts others in their place. So a
+module says itself where it can be cut and where its region ends, and parallelism knows no module by name.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a parameter may lie on ranks that share its module.
+
+    Attributes:
+        tensor: the dimension that tensor-parallel ranks cut; None: each of them has the whole.
+        expert: the dimension that ranks which spread the experts cut; None: each of them has the whole.
+        inside: whether it is used inside a region, where what a rank computes is a part of a sum: the
+            gradient of a parameter that is not cut then is such a part too.
+    """
+
+    tensor: int | None = None
+    expert: int | None = None
+    inside: bool = True
+
+
+INSIDE = Cut()
+BETWEEN = Cut(inside=False)  # of what is computed on the tokens between the regions
+
+
+def declared_cuts(model: nn.Module) -> dict[str, Cut]:
+    """The cut of every parameter of ``model`` by name, as far as a module around it declares one.
+
+    ``cuts`` of a module's class maps names below the module to cuts. The outermost declaration holds: it
+    knows what the parts are used for.
+    """
+    found: dict[str, Cut] = {}
+    for path, module in model.named_modules():
+        for name, cut in getattr(type(module), "cuts", {}).items():
+            found.setdefault(f"{path}.{name}".lstrip("."), cut)
+    return {name: found[name] for name, _ in model.named_parameters() if name in found}
+
+
+class Alone:
+    """The region of a module that one rank computes: entering and leaving change nothing."""
+
+    parts = 1  # ranks that share the module
+    rank = 0  # this one among them
+
+    @contextmanager
+    def entered(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """All tokens [T, …] of the micro-batch, for what is computed in the ``with`` block."""
+        yield x
+
+    def leave(self, y: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' ``y``, of the tokens this rank has between the regions."""
+        return y
+
+    def counted_once(self, loss: torch.Tensor) -> None:
+        """Every rank computes ``loss`` whole inside the region: let its gradient count as one rank's."""
+
+
+class AllTokens:
+    """The tokens of a micro-batch, all on this rank."""
+
+    def own(self, whole: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        """This rank's part of what is known of all tokens."""
+        return whole
+
+    def whole_shape(self, own: torch.Tensor) -> tuple[int, ...]:
+        """The shape of ``own`` for all tokens."""
+        return tuple(own.shape)
+
+    def gather(self, own: torch.Tensor) -> torch.Tensor:
+        """All tokens' values from each rank's; the gradients of all ranks are summed on the way back."""
+        return own
+
+    def to_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """From own tokens of all heads to all tokens of own heads; both lie in the second dimension."""
+        return x
+
+    def to_tokens(self, y: torch.Tensor) -> torch.Tensor:
+        """Back from all tokens of own heads to own tokens of all heads."""
+        return y
+
+    @property
+    def split(self) -> bool:
+        """Whether other ranks have other tokens."""
+        return False
+
+
+ALONE = Alone()
+ALL_TOKENS = AllTokens()
+
+
+def compute_here(
+    compute: Callable[..., torch.Tensor], x: torch.Tensor, ends_E: torch.Tensor | None
+) -> torch.Tensor:
+    """The exchange of experts that all lie on this rank: none."""
+    return compute(x, ends_E)
