@@ -11,6 +11,7 @@ from portmoe.config import yaml as config_yaml
 from portmoe.config.keys import walk
 from portmoe.config.messages import describe, shorten
 from portmoe.config.schema import Config
+from portmoe.config.void import void
 from portmoe.errors import ConfigError
 
 PACKAGE = "portmoe.configs"
@@ -66,11 +67,14 @@ def packaged_names() -> list[str]:
 
 
 def no_effect_notes(config: Config) -> list[str]:
-    """A line for every key that is set but changes nothing, with the reason."""
+    """A line for every key that is set but changes nothing, at all or beside the others, with the reason."""
+    beside_others = void(config)
     return [
-        f"{entry.path} = {shorten(entry.value)} has no effect: {entry.key.no_effect}"
+        f"{entry.path} = {shorten(entry.value)} has no effect: {why}"
         for entry in walk(config)
-        if entry.section is None and entry.key.no_effect and entry.value != entry.default
+        if entry.section is None
+        and entry.value != entry.default
+        and (why := entry.key.no_effect or beside_others.get(entry.path))
     ]
 
 

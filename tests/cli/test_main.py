@@ -213,14 +213,14 @@ def test_keys_without_effect_are_noted_beside_the_resolved_config(capsys):
 
 def test_a_vocabulary_too_small_for_the_dummy_data_ends_training_and_no_other_work(capsys):
     small = ["--config", "7b_moe4", "--set", "model.vocab_size=512"]
-    assert run(["train", *small, "--dry-run"]) == 2
+    assert command.run(["train", *small, "--dry-run"]) == 2
     error = capsys.readouterr().err
-    assert "model.vocab_size=512 is too small: with data.seq_len=4096 the dummy data" in error
-    assert run(["config", *small]) == 0
+    assert "model.vocab_size=512 is too small: with data.seq_len=2048 the dummy data" in error
+    assert command.run(["config", *small]) == 0
 
 
 def test_nproc_inside_of_a_launch_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    assert run(["train", "--nproc", "2"]) == 2
+    assert command.run(["train", "--nproc", "2"]) == 2
     assert "one of 2 processes that a launcher has started would make 2 runs" in capsys.readouterr().err

@@ -1,0 +1,104 @@
+"""Keys that act, and change nothing beside the others of this config: a rule a combination.
+
+What is void whatever else is set stands with its key, see ``keys.Key``. Switches of a layout are not
+among them: they wait for sizes that change with the number of ranks.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from portmoe.config.tree import Tree
+
+Rule = tuple[bool, str, tuple[str, ...]]  # whether it holds, why, and the keys that are void then
+
+
+def void(config: "Tree") -> dict[str, str]:
+    """Return the keys that are void in this combination, each with the first reason that holds."""
+    found: dict[str, str] = {}
+    for holds, why, keys in (*_of_the_experts(config), *_of_the_rest(config)):
+        if holds:
+            for key in keys:
+                found.setdefault(key, why)
+    return found
+
+
+def _of_the_experts(config: "Tree") -> Iterator[Rule]:
+    """What of ``moe`` the kind of gating reads, by the contracts of the two gatings in ``ops``."""
+    gates = {layer.network.gate for layer in config.architecture.layers if hasattr(layer.network, "gate")}
+    yield (
+        not gates,
+        "no layer has experts",
+        (
+            *(f"moe.{key}" for key in type(config.moe).model_fields),
+            *("loss.moe_loss_coeff", "parallel.expert.size", "model.moe_type", "model.moe_use_residual"),
+        ),
+    )
+    factors = ("moe.capacity_factor", "moe.eval_capacity_factor")
+    for gate in gates:
+        topk, several = gate.kind == "topk", gate.top_k > 1
+        yield (
+            topk and several,
+            f"it acts with one choice only, and moe.top_k={gate.top_k}: tokens over an expert's capacity are "
+            "dropped, the later ones first",
+            ("moe.drop_tokens", "moe.use_rts"),
+        )
+        yield (
+            topk and not several and not gate.drop_tokens,
+            "with moe.drop_tokens=false the capacity is what the fullest expert needs",
+            (*factors, "moe.min_capacity", "moe.use_rts"),
+        )
+        yield (
+            gate.dropless,
+            "every choice is computed (model.moe_type='MegaBlock-D')",
+            (*factors, "moe.min_capacity", "moe.drop_tokens", "moe.use_rts"),
+        )
+        yield (
+            not topk,
+            "this kind of gating has no such choice (model.moe_type)",
+            ("moe.min_capacity", "moe.use_rts", "moe.use_fused_gating"),
+        )
+        yield (
+            not topk and not gate.drop_tokens,
+            "with moe.drop_tokens=false the capacity is what the fullest expert needs",
+            factors,
+        )
+
+
+def _of_the_rest(config: "Tree") -> Iterator[Rule]:
+    data, ckpt = config.data, config.ckpt
+    yield (
+        config.model.dtype != "float16",
+        f"the loss is scaled for float16 only, and model.dtype={config.model.dtype!r}",
+        (
+            *("grad_scaler.fp16.initial_scale", "grad_scaler.fp16.min_scale"),
+            *("grad_scaler.fp16.growth_interval", "grad_scaler.growth_factor"),
+            *("grad_scaler.backoff_factor", "grad_scaler.max_scale", "grad_scaler.hysteresis"),
+        ),
+    )
+    yield (
+        not data.valid_every,
+        "data.valid_every is 0: nothing is validated",
+        ("data.valid_micro_num", "data.valid_folder", "moe.eval_capacity_factor"),
+    )
+    yield (
+        data.train_folder is not None and (data.valid_folder is not None or not data.valid_every),
+        "the data comes from folders, not from the dummy data",
+        ("data.num_samples", "data.fixed_random_dataset_seqlen"),
+    )
+    yield (
+        data.train_folder is None and data.valid_folder is None,
+        "the dummy data has no samples that are left out",
+        ("data.min_length",),
+    )
+    yield (
+        not ckpt.enable_save_ckpt,
+        "ckpt.enable_save_ckpt is false: nothing is saved",
+        ("ckpt.checkpoint_every", "ckpt.keep", "ckpt.async_upload"),
+    )
+    yield (
+        config.beta2_scheduler.init_beta2 is not None,
+        "beta2_scheduler.init_beta2 goes before it",
+        ("adam.adam_beta2",),
+    )
+    yield (config.beta2_scheduler.c is not None, "beta2_scheduler.c goes before it", ("adam.adam_beta2_c",))
