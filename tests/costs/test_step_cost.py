@@ -1,8 +1,11 @@
 """The bytes a step cannot do without, worked out by hand for one small rank."""
 
-from agreement import workload
+import torch
 
+from portmoe.config import Config
 from portmoe.costs.step_cost import step_cost
+from portmoe.model import Decoder
+from portmoe.model.share import Share
 
 # T 24, H 16, heads · width 16, F 24, E 4, k 2, V 40, four bytes a number; rows k·T = 48.
 ACTIVATION = 24 * 16 * 4
@@ -20,7 +23,19 @@ BY_HAND = {
 
 
 def test_the_bytes_of_every_part():
-    costs = step_cost(workload(), moe_layers=1, dense_layers=1, head=True, micro_batches=2, parameters=10)
+    sizes = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "mlp_ratio": 1.5,
+        "multiple_of": 8,
+        "vocab_size": 40,
+    }
+    layers = {"vocab_size": 40, "num_layers": 2, "first_k_dense_replace": 1, "num_experts": 4}
+    config = Config.model_validate({"model": sizes | layers, "data": {"train_folder": "none"}})
+    share = Share(torch.device("cpu"), torch.float32, tokens=24, seq_len=24, attended=12)
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    costs = step_cost([decoder], share, micro_batches=2, parameters=10)
     assert {part: cost.bytes for part, cost in costs.items()} == {
         part: 2 * size for part, size in BY_HAND.items()
     } | {"optimizer": 8 * 4 * 10}
