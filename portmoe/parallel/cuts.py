@@ -6,7 +6,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from portmoe.errors import ConfigError
 from portmoe.model.decoder import Decoder
-from portmoe.model.sharing import Cut, declared_cuts
+from portmoe.model.sharing import ALONE, Cut, declared_cuts
 from portmoe.parallel.mesh import Meshes
 
 EXPERT, TENSOR = "expert", "tensor"
@@ -27,7 +27,7 @@ def cut_parameters(model: Decoder, meshes: Meshes, weights_are_shared: bool) -> 
     axes = {kind: mesh for kind, mesh in axes.items() if mesh.size() > 1}
     cuts = declared_cuts(model)
     for name, parameter in list(model.named_parameters()):
-        if name not in cuts and TENSOR in axes:
+        if TENSOR in axes and not _shared(model, name, cuts.get(name)):
             raise _undeclared(model, name, axes[TENSOR].size())
         dims = _dimensions(cuts.get(name, Cut()), axes)
         if not dims:
@@ -46,11 +46,20 @@ def _dimensions(cut: Cut, axes: dict[str, DeviceMesh]) -> dict[str, int]:
     return {kind: dims[kind] for kind in axes if dims[kind] is not None}
 
 
+def _shared(model: nn.Module, name: str, cut: Cut | None) -> bool:
+    """Whether ranks can share this parameter: its cut is declared and, where it is one, inside a region."""
+    if cut is None:
+        return False
+    parts = name.split(".")
+    around = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
+    return cut.tensor is None or any(getattr(module, "region", ALONE) is not ALONE for module in around)
+
+
 def _undeclared(model: nn.Module, name: str, ranks: int) -> ConfigError:
     path, _, leaf = name.rpartition(".")
     module = type(model.get_submodule(path)).__name__
     return ConfigError(
         f"parallel.tensor.size={ranks}: the module {module} ({path}) does not declare how ranks share its "
         f"{leaf!r}; set parallel.tensor.size to 1 or parallel.tensor.mode to 'isp', or add it to `cuts` of "
-        "the class or of one around it (see model/sharing.py)"
+        "the class or of one around it, and give what is cut a `region` (see model/sharing.py)"
     )
