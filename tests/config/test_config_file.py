@@ -173,3 +173,9 @@ def test_the_largest_dummy_token(seq_len, fixed):
 
 def test_data_from_a_folder_has_no_largest_dummy_token():
     Config.model_validate({"data": {"train_folder": "somewhere"}, "model": {"vocab_size": 10}})
+
+
+@pytest.mark.parametrize(("share", "layers"), [(False, 0), (True, 4), (0.5, 2), (0.3, 1)])
+def test_the_layers_that_are_computed_again(share, layers):
+    config = portmoe.load_config("tiny_moe4", ["model.num_layers=4", f"model.checkpoint={share}".lower()])
+    assert config.recomputed_layers == layers

@@ -272,11 +272,19 @@ def test_the_command(tmp_path, capsys):
     assert len(report["calls"]) > 20
 
 
-def test_the_command_ends_with_4_where_there_is_a_defect(suspect, capsys):
+def test_the_command_ends_with_4_where_there_is_a_defect(suspect, tmp_path, capsys):
     suspect(wrong("rms_norm", backward=1.01), name="cpu")
+    page = tmp_path / "bisect.html"
     with pytest.raises(SystemExit) as ended:
-        portmoe(small())
+        portmoe(small("--out", str(page)))
     assert ended.value.code == 4
+    wrong_ones, every_call = page.read_text().partition("<h2>Every call</h2>")[::2]
+    assert "<h2>Wrong</h2>" in wrong_ones
+    assert (
+        wrong_ones.count('<tr class="fail"><td class="text">backward') == 5
+    )  # two in each layer, and the last
+    assert 'class="pass"' not in wrong_ones
+    assert '<tr class="pass"><td class="text">forward' in every_call
     assert "first wrong: norm: rms_norm.wrong, backward" in capsys.readouterr().out
 
 
