@@ -143,6 +143,22 @@ def test_no_vendor_is_named_outside_the_backends(path):
     assert not vendors_in(name_of(path))
 
 
+FAMILIES = re.compile(r"intern_?lm|mixtral|qwen|deepseek", re.IGNORECASE)
+KNOWS_FAMILIES = ("portmoe/families/", "portmoe/config/internevo/")
+
+
+@pytest.mark.parametrize("path", NEUTRAL, ids=name_of)
+def test_no_family_is_named_outside_the_families_and_the_importers(path):
+    if not name_of(path).startswith(KNOWS_FAMILIES):
+        assert not FAMILIES.findall(path.read_text())
+
+
+def test_the_pattern_of_families_sees_every_family_there_is():
+    folders = [path.parent.name for path in ROOT.glob("portmoe/families/*/section.py")]
+    assert folders
+    assert all(FAMILIES.search(folder) for folder in folders)
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_vendor_modules_are_imported_only_in_functions_of_the_backends(path):
     modules = at_import(tree_of(path)) if path in BACKENDS else anywhere(tree_of(path))

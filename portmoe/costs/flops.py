@@ -1,6 +1,6 @@
 """FLOPs per token in two countings that must not be confused.
 
-``benchmark_flops_per_token`` is the AIChipBenchmark's figure for InternLM MoE, kept to the letter so that
+``benchmark_flops_per_token`` is the AIChipBenchmark's own figure, kept to the letter so that
 logs can be compared: one expert per token, whatever top_k is, of the nominal width, and full attention.
 ``model_flops_per_token`` counts the products the model really needs, as its modules declare them; a product
 with an [m,n] matrix is 2·m·n forward and twice that backward. Neither counts norms, rotary, softmax or the
