@@ -12,7 +12,7 @@ def validate(engine: Engine, valid: DataStream, layout: Layout, world: dist.Proc
     """Measure every pack of ``valid`` once. Collective.
 
     ``valid_loss`` is the mean over packs of each one's mean, as the training loss is over micro-batches; the
-    other two weigh every labelled token alike. Without a label anywhere, the losses are nan.
+    next two weigh every labelled token alike, and ``valid_tokens`` counts them. Without a label anywhere, the losses are nan.
 
     Args:
         world: a CPU process group of all ranks.
@@ -31,4 +31,5 @@ def validate(engine: Engine, valid: DataStream, layout: Layout, world: dist.Proc
         "valid_loss": loss / valid.num_packs if labels else float("nan"),
         "valid_acc": correct / max(labels, 1),
         "valid_perplexity": perplexity(loss_sum / labels if labels else float("nan")),
+        "valid_tokens": labels,
     }

@@ -218,6 +218,13 @@ def _validation(
     """The loss of the validations that both runs made after the same steps."""
     made = [{i for i, record in enumerate(run) if "valid_loss" in record} for run in (a, b)]
     both = sorted(made[0] & made[1])
+    unlike = [i for i in both if ("valid_tokens" in a[i]) != ("valid_tokens" in b[i])]
+    if unlike:
+        both = sorted(set(both) - set(unlike))
+        notes.append(
+            f"validations: {len(unlike)} not compared: one run is of a version that read only the first packs "
+            "of the validation data"
+        )
     if made[0] != made[1]:
         notes.append(
             f"validations: {len(made[0])} and {len(made[1])} in the common steps, {len(both)} after the same ones"

@@ -205,6 +205,20 @@ def test_validations_are_compared(run_of):
     assert not compare(d, e).passed
 
 
+def test_validations_of_other_amounts_of_data_are_not_compared(run_of):
+    def validated(loss, **more):
+        return [record(s) | {"valid_loss": loss} | more for s in range(STEPS)]
+
+    older, newer = (
+        read_run(run_of(n, steps))
+        for n, steps in (("a", validated(5.0)), ("b", validated(5.1, valid_tokens=99)))
+    )
+    found = compare(older, newer)
+    assert found.passed
+    assert "validation loss" not in judged(found)
+    assert any("read only the first packs" in note for note in found.notes)
+
+
 def test_sixteen_bit_runs_get_wider_bands_and_norms_are_judged_early_only(run_of):
     def noisy(step):
         made = record(step) | {"loss": record(step)["loss"] * 1.01}
