@@ -1,11 +1,14 @@
 """Files written whole, and JSON that every reader takes."""
 
+import errno
 import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+_CANNOT_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -18,8 +21,17 @@ def write_whole(path: Path, text: str) -> None:
     with open(partial, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
     os.replace(partial, path)
+
+
+def sync(descriptor: int) -> None:
+    """Put a file, or a folder's entries, on disk; later, where the file system cannot be asked to."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
 
 
 def json_text(value: Any, indent: int | None = None, words: bool = False) -> str:

@@ -8,6 +8,8 @@ import re
 import zlib
 from pathlib import Path
 
+from portmoe.files import sync
+
 STATE_FILE = "state.json"
 METADATA_FILE = ".metadata"
 
@@ -55,6 +57,6 @@ def sync_folder(folder: Path) -> None:
     """Put the folder's entries on disk, so that a machine crash cannot lose a file that was synced."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)

@@ -26,6 +26,7 @@ from portmoe.checkpoint.folder import (
 )
 from portmoe.checkpoint.upkeep import clear, remove, vacant
 from portmoe.errors import TrainingError
+from portmoe.files import sync
 
 FORMAT = 1  # of STATE_FILE
 
@@ -92,7 +93,7 @@ class Writer(dcp.FileSystemWriter):
         with open(partial / STATE_FILE, "w", encoding="utf-8") as file:
             json.dump(record, file, indent=1)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         sync_folder(partial)
         replaced = None
         if os.path.lexists(final):

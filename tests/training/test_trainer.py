@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from run_portmoe import arguments, environment, losses, records, run
 from zygote import portmoe
@@ -98,8 +99,15 @@ def test_more_steps_continue_a_finished_run(finished):
 
 
 def test_steps_passed_over_are_not_trained(tmp_path):
-    metrics = run(tmp_path / "run", data__total_steps=6, data__skip_batches="1,3-4")
+    saving = {"ckpt__enable_save_ckpt": True, "ckpt__checkpoint_every": 2, "ckpt__keep": 9}
+    metrics = run(
+        tmp_path / "run", data__total_steps=6, data__skip_batches="1,3-4", data__valid_every=2, **saving
+    )
     assert [record["step"] for record in metrics] == [0, 2, 5]
+    # What was due after steps 1 and 3 is saved there and validated with the next step that is trained.
+    assert [record["step"] for record in metrics if "valid_loss" in record] == [2, 5]
+    saved = sorted(entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved == [f"step-{step:08d}" for step in (2, 4, 6)]
 
 
 def test_another_global_batch_is_refused_on_resume(tmp_path):
@@ -133,3 +141,39 @@ def test_a_model_larger_than_memory_is_refused(tmp_path):
     assert done.returncode == 3
     assert "GiB" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_batch_without_labels_has_no_loss_and_a_run_of_them_ends(tmp_path):
+    """Every second token is negative, which is read as its absolute value and never learned."""
+    (tmp_path / "data").mkdir()
+    line = json.dumps({"tokens": [-token for token in range(1, 33)]}).encode() + b"\n"
+    (tmp_path / "data" / "part.bin").write_bytes(line * 60)
+    rows = np.array([(i * len(line), 32) for i in range(60)])
+    with (tmp_path / "data" / "part.bin.meta").open("wb") as file:
+        np.save(file, rows)
+    masked = {"data__train_folder": str(tmp_path / "data"), "data__min_length": 0}
+    done = portmoe(arguments(tmp_path / "run", **masked), environment())
+    assert done.returncode == 4, done.stderr
+    assert "from step 0 on 5 steps in a row made no progress: no token of the step has a label" in done.stderr
+    assert [record["loss"] for record in records(tmp_path / "run")] == [None] * 5
+
+
+def test_other_ranks_with_dummy_data_by_the_rank_are_told_what_to_set(tmp_path):
+    saving = {"ckpt__enable_save_ckpt": True, "data__num_samples": None, "data__global_batch_size": 2}
+    run(tmp_path / "run", data__total_steps=2, **saving)
+    environment_json = tmp_path / "run" / "environment.json"
+    known = json.loads(environment_json.read_text())
+    assert known["data"]["train"]["samples"] == 500
+    more = {"data__total_steps": 4, **saving} | {"data__num_samples": 700}
+    done = portmoe(arguments(tmp_path / "run", **more), environment())
+    assert done.returncode == 2
+    assert "data.num_samples=500" in done.stderr
+    environment_json.write_text(json.dumps({**known, "data": None}))  # the checkpoint knows it too
+    named = {**more, "data__num_samples": None}
+    with_500 = portmoe(arguments(tmp_path / "run", **named | {"data__num_samples": None}), environment())
+    assert with_500.returncode == 0, with_500.stderr
+    assert "the learning rate of step 2 is" in (tmp_path / "run" / "train.log").read_text()
+    grown = {**more, "data__total_steps": 6, "ckpt__allow_changed_data": True}
+    done = portmoe(arguments(tmp_path / "run", **grown), environment())
+    assert done.returncode == 0, done.stderr
+    assert "the data changed at step 4: 500 samples" in (tmp_path / "run" / "train.log").read_text()
