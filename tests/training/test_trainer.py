@@ -159,7 +159,7 @@ def test_a_batch_without_labels_has_no_loss_and_a_run_of_them_ends(tmp_path):
 
 
 def test_other_ranks_with_dummy_data_by_the_rank_are_told_what_to_set(tmp_path):
-    saving = {"ckpt__enable_save_ckpt": True, "data__num_samples": None, "data__global_batch_size": 2}
+    saving = {"ckpt__enable_save_ckpt": True, "data__num_samples": None}
     run(tmp_path / "run", data__total_steps=2, **saving)
     environment_json = tmp_path / "run" / "environment.json"
     known = json.loads(environment_json.read_text())
