@@ -12,7 +12,8 @@ def validate(engine: Engine, valid: DataStream, layout: Layout, world: dist.Proc
     """Measure every pack of ``valid`` once. Collective.
 
     ``valid_loss`` is the mean over packs of each one's mean, as the training loss is over micro-batches; the
-    next two weigh every labelled token alike, and ``valid_tokens`` counts them. Without a label anywhere, the losses are nan.
+    next two weigh every labelled token alike, and ``valid_tokens`` counts them. Without a label anywhere, the
+    losses are nan.
 
     Args:
         world: a CPU process group of all ranks.
