@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from counted_calls import assert_recorded
 from worlds import World, records, train
 
 pytest.register_assert_rewrite("agreement", "layout_keys", "run_portmoe")
@@ -72,7 +73,7 @@ def run(world, tmp_path_factory) -> Callable[..., list[dict[str, Any]]]:
 
     def one(ranks: int, *overrides: str, directory: Path | None = None) -> list[dict[str, Any]]:
         directory = directory or tmp_path_factory.mktemp("run") / "run"
-        world(ranks).call(train, directory, *overrides)
+        assert_recorded(directory, world(ranks).call(train, directory, *overrides))
         return records(directory)
 
     return one

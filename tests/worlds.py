@@ -6,11 +6,13 @@ import io
 import json
 import os
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from counted_calls import counted
 from free_port import free_port
 from zygote import CONTEXT
 
@@ -128,13 +130,15 @@ MODEL = (
 )
 
 
-def train(directory: Path, *overrides: str) -> None:
-    """One rank's part of a run of the small model."""
+def train(directory: Path, *overrides: str) -> Counter:
+    """One rank's part of a run of the small model: the calls of its operations (see ``counted_calls``)."""
     import portmoe
     from portmoe.training.run import train
 
     config = portmoe.load_config("tiny_moe4", (*MODEL, f"run.directory={directory}", *overrides))
-    train(config, "small", "cpu", "torchrun")
+    with counted() as calls:
+        train(config, "small", "cpu", "torchrun")
+    return calls
 
 
 def records(directory: Path) -> list[dict[str, Any]]:
