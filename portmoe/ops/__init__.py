@@ -11,7 +11,7 @@ from portmoe.ops.dispatch import COMBINE, DISPATCH, combine, dispatch
 from portmoe.ops.expert_ffn import EXPERT_FFN, EXPERT_FFN_RAGGED, expert_ffn, expert_ffn_ragged
 from portmoe.ops.linear import LINEAR, linear
 from portmoe.ops.megablock_gating import MEGABLOCK_GATING, megablock_gating
-from portmoe.ops.operation import Implementation, Operation
+from portmoe.ops.operation import Group, Implementation, Operation
 from portmoe.ops.rms_norm import RMS_NORM, rms_norm
 from portmoe.ops.rotary import ROTARY, rotary
 from portmoe.ops.router import ROUTER, router
@@ -44,6 +44,7 @@ OPERATIONS: dict[str, Operation] = {
 __all__ = [
     "OPERATIONS",
     "CallSites",
+    "Group",
     "Implementation",
     "OpTable",
     "Operation",

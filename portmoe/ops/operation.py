@@ -120,6 +120,23 @@ class Operation:
         return self.tolerances[max(floating, key=lambda dtype: torch.finfo(dtype).eps)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Group(Operation):
+    """Operations that are called together, and that one fused implementation may serve.
+
+    It is an operation itself: a contract, samples, tolerances, and call sites of its own, at which the model
+    calls the group and not its parts. Where no fused implementation is taken, the function there is made of
+    those chosen for the parts.
+
+    Attributes:
+        parts: the names of the operations it is made of.
+        compose: the group's function, of functions by the name of the part.
+    """
+
+    parts: tuple[str, ...]
+    compose: Callable[[Mapping[str, Callable[..., Any]]], Callable[..., Any]]
+
+
 def draw(
     shape: Sequence[int],
     workload: Workload,

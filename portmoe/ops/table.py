@@ -5,20 +5,25 @@ offers further implementations of the same function. ``choose`` takes, per opera
 first candidate that is asked for, not disabled and supports the site's workload (``ops.select: order``),
 or the fastest such one (``ops.select: measure``), and writes down for every other candidate why it was
 not taken. Models call the chosen functions directly: there is no lookup in the hot path.
+
+A ``Group`` of operations is chosen alike: by a fused implementation, or by the functions chosen for its
+parts. What computes is what is recorded: the parts have a site where the group's is theirs to compute.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 from portmoe.config import Config
 from portmoe.config.keys import walk
 from portmoe.errors import BackendError, ConfigError
-from portmoe.ops.operation import Implementation, Operation
+from portmoe.ops.operation import Group, Implementation, Operation
 from portmoe.ops.timings import Timings
 from portmoe.ops.workload import CallSites, Workload
 
 REFERENCE = "reference"
+PARTS = "parts"  # of a group: the functions chosen for the operations it is made of
 NOT_CALLED = "is not called in this model"
 
 
@@ -145,10 +150,25 @@ def choose(
             names an operation that is not known.
     """
     by_op = _group(operations, offered)
-    _check_disabled(config.ops.disable, by_op)
+    _check_disabled(config.ops.disable, operations, by_op)
     sites_of = {name: {"": work} for name in operations} if isinstance(work, Workload) else work
     if unknown := sites_of.keys() - operations.keys():
         raise ValueError(f"call sites of {', '.join(sorted(unknown))}, which is no operation")
+
+    @cache
+    def chosen(name: str, workload: Workload) -> tuple[Callable[..., Any], Choice]:
+        operation, function = operations[name], operations[name].reference
+        if isinstance(operation, Group):
+            function = operation.compose({part: chosen(part, workload)[0] for part in operation.parts})
+        last = Implementation(name, _last_name(operation), function, handles=tuple(operation.needs(workload)))
+        return _choose_one(operation, (*by_op[name], last), workload, config, log, timed(workload))
+
+    def timed(workload: Workload) -> Timings:
+        nonlocal timings
+        timings = timings or Timings(workload.device.type)
+        return timings
+
+    sites_of = _with_parts(operations, sites_of, chosen)
     functions: dict[str, Callable[..., Any]] = {}
     at_sites: dict[str, dict[str, Callable[..., Any]]] = {}
     choices = []
@@ -159,13 +179,33 @@ def choose(
         if not sites_by_work:
             choices.append(_not_called(operation, by_op[name]))
         for workload, sites in sites_by_work.items():
-            timings = timings or Timings(workload.device.type)
-            function, choice = _choose_one(operation, by_op[name], workload, config, log, timings)
+            function, choice = chosen(name, workload)
             choices.append(replace(choice, sites=tuple(sites), workload=workload))
             for site in sites:
                 (at_sites.setdefault(site, {}) if site else functions)[name] = function
     choices = [_with_requests(choice, by_op[choice.op], config, log) for choice in choices]
     return OpTable(functions, choices, at_sites)
+
+
+def _last_name(operation: Operation) -> str:
+    """Of the candidate that is always there."""
+    return PARTS if isinstance(operation, Group) else REFERENCE
+
+
+def _with_parts(
+    operations: Mapping[str, Operation],
+    sites_of: CallSites,
+    chosen: Callable[[str, Workload], tuple[Callable[..., Any], Choice]],
+) -> CallSites:
+    """``sites_of`` with the sites of every group that its parts compute there."""
+    sites = {name: dict(of_op) for name, of_op in sites_of.items()}
+    for group in (operations[name] for name in sites_of):
+        if isinstance(group, Group):
+            for site, workload in sites_of[group.name].items():
+                if chosen(group.name, workload)[1].chosen == PARTS:
+                    for part in group.parts:
+                        sites.setdefault(part, {}).setdefault(site, workload)
+    return sites
 
 
 def _group(
@@ -178,7 +218,7 @@ def _group(
             raise ValueError(
                 f"{implementation.name!r} implements {implementation.op!r}, which is no operation"
             )
-        names = {REFERENCE, *(i.name for i in by_op[implementation.op])}
+        names = {_last_name(operations[implementation.op]), *(i.name for i in by_op[implementation.op])}
         if implementation.name in names:
             raise ValueError(f"{implementation.op} has two implementations called {implementation.name!r}")
         by_op[implementation.op].append(implementation)
@@ -186,20 +226,19 @@ def _group(
 
 
 def _not_called(operation: Operation, offered: Sequence[Implementation]) -> Choice:
-    names = [*(i.name for i in offered), REFERENCE]
+    names = [*(i.name for i in offered), _last_name(operation)]
     candidates = tuple(Candidate(name, False, False, f"the operation {NOT_CALLED}") for name in names)
     return Choice(operation.name, None, candidates, sites=())
 
 
 def _choose_one(
     operation: Operation,
-    offered: Sequence[Implementation],
+    candidates: Sequence[Implementation],
     workload: Workload,
     config: Config,
     log: Callable[[str], None],
     timings: Timings,
 ) -> tuple[Callable[..., Any], Choice]:
-    candidates = (*offered, Implementation(operation.name, REFERENCE, operation.reference))
     reasons = {c.name: _why_not(operation, c, workload, config) for c in candidates}
     fit = [c for c in candidates if reasons[c.name] is None]
     seconds: dict[str, float] = {}
@@ -215,7 +254,7 @@ def _choose_one(
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise ConfigError(
             f"no implementation of {operation.name!r} is left ({why}); "
-            f"take {operation.name}.{REFERENCE} out of ops.disable"
+            f"take {operation.name}.{candidates[-1].name} out of ops.disable"
         )
     winner = fit[0]
     won = "the fastest here" if seconds else "the first in the backend's order that supports the case"
@@ -243,8 +282,12 @@ def _why_not(
     return operation.why_not(candidate, workload)
 
 
-def _check_disabled(disabled: Sequence[str], by_op: Mapping[str, Sequence[Implementation]]) -> None:
-    known = {f"{op}.{REFERENCE}" for op in by_op}
+def _check_disabled(
+    disabled: Sequence[str],
+    operations: Mapping[str, Operation],
+    by_op: Mapping[str, Sequence[Implementation]],
+) -> None:
+    known = {f"{name}.{_last_name(operation)}" for name, operation in operations.items()}
     known |= {f"{i.op}.{i.name}" for offered in by_op.values() for i in offered}
     for name in disabled:
         if name not in known:
