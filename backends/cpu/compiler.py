@@ -87,14 +87,14 @@ def kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
 
 
 def addresses(*tensors: torch.Tensor) -> list[int]:
-    """Of the tensors' first numbers; the kernels read whole rows, one after the other."""
+    """The addresses of the tensors' first numbers; the kernels read whole rows, one after the other."""
     if not all(t.is_contiguous() for t in tensors):
         raise ValueError("the kernels need contiguous tensors")
     return [address(t) for t in tensors]
 
 
 def address(t: torch.Tensor) -> int:
-    """Of the tensor's first number; a tensor that only wraps others has no memory of its own."""
+    """The address of the tensor's first number; a tensor that only wraps others has no memory of its own."""
     if t.numel() and not t.data_ptr():
         raise TypeError(f"the kernels need tensors with memory of their own, not a {type(t).__name__}")
     return t.data_ptr()

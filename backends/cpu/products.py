@@ -12,7 +12,7 @@ Products = Callable[..., None]
 
 
 def direct_products(out_MN: torch.Tensor, *pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """In the tensors' own dtype, by the processor's own units."""
+    """Products in the tensors' own dtype, by the processor's own units."""
     first, *others = pairs
     torch.mm(*first, out=out_MN)
     for pair in others:
@@ -20,7 +20,7 @@ def direct_products(out_MN: torch.Tensor, *pairs: tuple[torch.Tensor, torch.Tens
 
 
 def float32_products(out_MN: torch.Tensor, *pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """In float32, rounded once at the end: as exact as 16-bit units that add up in float32."""
+    """Products in float32, rounded once at the end: as exact as 16-bit units that add up in float32."""
     first, *others = pairs
     sum_MN = torch.mm(*(t.float() for t in first))
     for pair in others:

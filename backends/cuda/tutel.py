@@ -39,7 +39,7 @@ def _running_count(expert_A: torch.Tensor, experts: int) -> tuple[torch.Tensor, 
 
 
 def dispatch(x_SH: torch.Tensor, row_KS: torch.Tensor, rows: int) -> torch.Tensor:
-    """Every row is a place of one expert; float32, so that copies are exact and gradients rounded once."""
+    """The contract of ``dispatch``: every row is a place of one expert; gradients are rounded once."""
     if not (x_SH.numel() and rows):
         return gather.dispatch(x_SH, row_KS, rows)
     ones_KS = torch.ones(row_KS.shape, device=row_KS.device, dtype=torch.float32)
@@ -48,7 +48,7 @@ def dispatch(x_SH: torch.Tensor, row_KS: torch.Tensor, rows: int) -> torch.Tenso
 
 
 def combine(y_RH: torch.Tensor, row_KS: torch.Tensor, weight_KS: torch.Tensor) -> torch.Tensor:
-    """In float32, so that the sum is rounded once."""
+    """The contract of ``combine``, in float32, so that the sum is rounded once."""
     if not (y_RH.numel() and row_KS.numel()):
         return gather.combine(y_RH, row_KS, weight_KS)
     dispatcher = _dispatcher(row_KS, weight_KS.contiguous(), *y_RH.shape)

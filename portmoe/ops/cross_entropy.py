@@ -45,7 +45,7 @@ class Statistics:
 
 
 def merged(parts_P: Statistics) -> Statistics:
-    """Of all classes, from those of P disjoint runs of them in ascending order: [P, T] → [T] each."""
+    """The statistics of all classes, from those of P runs of them in ascending order: [P, T] → [T]."""
     largest_T, part_T = parts_P.largest_T.max(dim=0)  # the first of equal ones, which has the lower classes
     return Statistics(
         largest_T=largest_T,
@@ -90,7 +90,7 @@ class Arithmetic(Protocol):
     def gradients(
         self, logits_TS: torch.Tensor, start: int, targets: Targets
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the loss by the logits: grad · (softmax − smoothed target), in their dtype; and transposed."""
+        """The loss's, by the logits: grad · (softmax − smoothed target), in their dtype; and transposed."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def needs(workload: Workload) -> tuple[str, ...]:
 
 
 def kept_bytes(tokens: int, classes: int, dtype: torch.dtype) -> int:
-    """Of ``classes`` logits a token, what a lean implementation keeps for the backward pass."""
+    """What a lean implementation keeps of ``classes`` logits a token for the backward pass."""
     return min(tokens * classes, KEPT_LOGITS) * dtype.itemsize
 
 

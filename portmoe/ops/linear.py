@@ -25,7 +25,7 @@ def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | N
 
 
 def samples(workload: Workload, generator: torch.Generator) -> Sequence[Sample]:
-    """From ``hidden`` wide to ``ffn_width``."""
+    """Maps of the site's rows from ``hidden`` wide to ``ffn_width``."""
     inner, outer = workload.hidden, workload.ffn_width
 
     def weight() -> torch.Tensor:

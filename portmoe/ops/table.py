@@ -188,7 +188,7 @@ def choose(
 
 
 def _last_name(operation: Operation) -> str:
-    """Of the candidate that is always there."""
+    """The name of the candidate that is always there."""
     return PARTS if isinstance(operation, Group) else REFERENCE
 
 

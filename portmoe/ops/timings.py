@@ -58,7 +58,7 @@ class Timings:
     def load(
         cls, device: str, path: Path | None, log: Log, synchronize: Callable[[], None] = lambda: None
     ) -> "Timings":
-        """Those in ``path``. A file that cannot be read as timings is told to ``log`` and passed over."""
+        """The timings in ``path``; a file that cannot be read as such is passed over and told to ``log``."""
         if path is None:
             log("timings are measured anew in every run: there is no home directory to keep them in")
             return cls(device, synchronize=synchronize)
@@ -72,7 +72,7 @@ class Timings:
         return cls(device, known, path, synchronize)
 
     def seconds(self, operation: Operation, implementation: Implementation, workload: Workload) -> float:
-        """Of one forward and backward; measured where it is not known. Raises what the call raises."""
+        """How long one forward and backward takes, measured if not known. Raises what the call raises."""
         case = self.known.setdefault(self._case(operation.name, workload), {})
         if implementation.name not in case:
             case[implementation.name] = seconds_per_call(
