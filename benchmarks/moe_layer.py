@@ -101,8 +101,10 @@ def our_layers(sizes: tuple[int, int, int, int], bench: Bench, dtype: torch.dtyp
         candidates = [i for i in offered if i.op == op and i.supports(sites[op][""]) is None]
         for one in [*candidates, Implementation(op, REFERENCE, OPERATIONS[op].reference)]:
             mark = " (chosen)" if one.name == chosen else ""
-            functions = {c.op: getattr(table, c.op) for c in table.choices} | {op: one.function}
-            calls[f"ours, {form}: {one.name}{mark}"] = _ours(config, OpTable(functions, ()), bench, dtype)
+            ops = table.wrapped(
+                lambda name, site, function, one=one: one.function if name == one.op else function
+            )
+            calls[f"ours, {form}: {one.name}{mark}"] = _ours(config, ops, bench, dtype)
     return calls
 
 
