@@ -108,6 +108,15 @@ def registered(library: bytes) -> Iterator[tuple[str, str]]:
             yield text.partition("(")[0], text
 
 
+def gradients(library: bytes) -> list[str]:
+    """The functions of ``FUNCTIONS`` that have a node in autograd's graph."""
+    return [name for name in sorted(FUNCTIONS) if f"{_camel(name)}Backward0".encode() in library]
+
+
+def _camel(name: str) -> str:
+    return "".join(part.capitalize() for part in name.split("_"))
+
+
 def defined(source: str, name: str) -> str:
     """The parameters of a function or method as written, without self, ctx or annotations."""
     body: list[ast.stmt] = ast.parse(source).body
@@ -153,8 +162,10 @@ def read(folder: Path) -> dict[str, dict[str, dict]]:
         if package is None:
             continue
         with zipfile.ZipFile(wheel) as archive:
+            more: dict = {}
             if package == PLUGIN:
-                functions = dict(registered(archive.read(LIBRARY)))
+                library = archive.read(LIBRARY)
+                functions, more = dict(registered(library)), {"gradients": gradients(library)}
             else:
                 functions = {
                     called: defined(archive.read(path).decode(), name)
@@ -163,7 +174,7 @@ def read(folder: Path) -> dict[str, dict[str, dict]]:
             files = [name for name in archive.namelist() if _is_of_device(package, name)]
             device = all_defined(archive.read(name).decode() for name in sorted(files))
         sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        packages[package][release] = {"file": wheel.name, "sha256": sha256, "functions": functions}
+        packages[package][release] = {"file": wheel.name, "sha256": sha256, "functions": functions, **more}
         if device:
             packages[package][release]["device"] = device
     for source in sorted(path for path in folder.iterdir() if path.is_dir()):

@@ -4,8 +4,10 @@ torch loads it by itself, as it loads the real one, where this folder's parent i
 have the registered schemas and refuse what the documentation refuses; ``faults`` makes them fail on purpose.
 """
 
+import json
 import os
 from datetime import timedelta
+from pathlib import Path
 
 _autoload_asked = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD")
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # imported before torch, this must not be imported again
@@ -24,6 +26,8 @@ __version__ = "2.13.0+simulated"
 
 torch.ops.load_library(str(build.library()))
 torch.ops.simulated_npu.start()
+_kernels = Path(__file__).parents[3] / "vendors" / "kernels.json"
+torch.ops.simulated_npu.kernels(json.loads(_kernels.read_text())["kernels"])
 torch.utils.rename_privateuse1_backend("npu")
 
 from torch_npu import npu  # noqa: E402  needs what was loaded

@@ -193,15 +193,25 @@ Fault fault_of(const std::string& name) {
   return found == faults.end() ? Fault{} : found->second;
 }
 
-// What the vendor's list of supported operations lacks.
+std::set<std::string> kernels;  // the vendor's, by base name: "aten::scatter_add" for scatter_add_ and its out form
+
+// Torch makes one form of an operation from another, here and there from different ones.
+std::string base_name(const std::string& name) {
+  auto base = name.substr(0, name.find('.'));
+  while (base.back() == '_') base.pop_back();
+  return base;
+}
+
+bool has_kernel(const std::string& name) { return name.rfind("aten::", 0) != 0 || kernels.count(base_name(name)); }
+
+// What the vendor's library registers no kernel for.
 void refuse_what_the_device_lacks(const c10::OperatorHandle& op, const torch::jit::Stack& arguments) {
-  static const std::set<std::string> lacking{"aten::_grouped_mm"};
   static const std::set<std::string> any_dtype{
       "aten::view", "aten::as_strided", "aten::_reshape_alias", "aten::resize_", "aten::_local_scalar_dense",
       "aten::alias", "aten::zero_", "aten::fill_"};
   const auto& name = op.schema().name();
   TORCH_CHECK_NOT_IMPLEMENTED(
-      !lacking.count(name) && !fault_of(name).lacking, "Could not run '", name,
+      has_kernel(name) && !fault_of(name).lacking, "Could not run '", name,
       "' on the simulated npu: the device has no kernel for it");
   if (name == "aten::topk") {
     TORCH_CHECK(arguments[4].toBool(), "topk: sorted=False is not supported on the simulated npu");
@@ -452,6 +462,9 @@ TORCH_LIBRARY(simulated_npu, m) {
     static auto* hooks = new Hooks;
     at::RegisterPrivateUse1HooksInterface(hooks);
     collectives_on_host();
+  });
+  m.def("kernels(str[] names) -> ()", [](const std::vector<std::string>& names) {
+    for (const auto& name : names) kernels.insert(base_name(name));
   });
   m.def("devices() -> int", [] { return int64_t{device_count()}; });
   m.def("allocated(int device) -> int", [](int64_t device) { return memories[device].allocated.load(); });
