@@ -108,8 +108,8 @@ UNUSED = (
     _unused(
         "dispatch",
         "npu_moe_token_permute_with_routing_map",
-        "with drop_and_pad it keeps each expert's choices in the tokens' order, where a second choice comes "
-        "after all first ones here, and its page does not say what fills the rows that are left",
+        "its page does not say what fills the rows that are left, which must be zero here, and with "
+        "drop_and_pad its rows are in the order of the tokens, where second choices come after first ones",
         REARRANGE,
     ),
     _unused(

@@ -3,9 +3,9 @@
     python tests/vendors/load_wheel.py FOLDER
 
 FOLDER holds a torch_npu wheel unpacked (``unzip``), of the installed torch's version. Kernels are registered
-when the library is loaded, which needs the driver stack's libraries but none of their work: for those that are
-missing, this compiles libraries of the names asked for, whose functions do nothing. No device, and nothing is
-computed.
+when the library is loaded, which needs the driver stack's libraries but none of their work: for those that
+are missing, this compiles libraries of the names asked for, whose functions do nothing. There is no device,
+and nothing is computed.
 """
 
 import json

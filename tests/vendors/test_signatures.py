@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
@@ -75,12 +76,24 @@ def test_a_changed_schema_is_noticed(schema, reason):
     assert said is None if reason is None else reason in said
 
 
+LOADED = json.loads((Path(__file__).parent / "kernels.json").read_text())
+
+
+def test_what_was_read_as_text_is_what_the_library_registers():
+    """Read from the strings of the library, and asked of the library itself, loaded into torch."""
+    read = RELEASES[LOADED["torch_npu"]]["functions"]
+    registered = {
+        name.removeprefix("npu::"): torch._C.parse_schema(text) for name, text in LOADED["registered"].items()
+    }
+    assert {name: torch._C.parse_schema(f"npu::{text}") for name, text in read.items()} == registered
+
+
 def stand_ins():
-    """Name → arguments of every function registered as documented: read, as only the device imports them."""
+    """Name → definition of every function registered as documented: read, as only the device imports them."""
     for source in sorted(OPERATIONS.glob("*.py")):
         for node in ast.parse(source.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("npu_"):
-                yield node.name, node.args
+                yield node.name, node
 
 
 def parameters(arguments: ast.arguments) -> list[tuple]:
@@ -109,11 +122,21 @@ def test_a_stand_in_takes_what_the_wheel_registers(name):
     wanted = [
         (a.name, a.kwarg_only, a.default_value if a.has_default_value() else ...) for a in schema.arguments
     ]
-    mine = parameters(STAND_INS[name])
+    mine = parameters(STAND_INS[name].args)
     if f"{name}.out" in overloads:
         assert mine.pop() == ("out", True, None)
         assert wanted.pop() == ("out", True, ...)
     assert mine == wanted
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_a_stand_in_has_a_gradient_where_the_wheel_has_a_node_for_it(name):
+    without = "without_autograd" in {ast.unparse(decorator) for decorator in STAND_INS[name].decorator_list}
+    assert without == (name not in RELEASES["2.13.0"]["gradients"])
+
+
+def test_the_same_functions_have_gradients_in_every_release():
+    assert len({tuple(read["gradients"]) for read in RELEASES.values()}) == 1
 
 
 def test_every_function_called_has_a_stand_in():
