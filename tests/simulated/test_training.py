@@ -100,7 +100,12 @@ def losses(run):
 
 
 def operations(run):
-    return json.loads((run / "ops.json").read_text())
+    """Operation → its choice, which is the same at all of its sites here."""
+    record = json.loads((run / "ops.json").read_text())
+    by_op = {}
+    for key, choice in record.items():
+        assert by_op.setdefault(key.partition("@")[0], choice)["chosen"] == choice["chosen"]
+    return by_op
 
 
 def norms(step):
