@@ -43,7 +43,7 @@ class MoE(nn.Module):
         if sizes.shared is not None:
             self.shared = FeedForward(hidden, sizes.shared.width, ops, site(where, "shared"))
         if sizes.residual is not None:
-            self.residual = FeedForward(hidden, sizes.residual.width, ops, site(where, "residual"))
+            self.residual = FeedForward(hidden, sizes.residual.width, ops, where)
             self.coefficient = Linear(hidden, 2, ops, site(where, "coefficient"))
         self.hidden, self.sizes, self.gate = hidden, sizes, sizes.gate
         self.layer = layer
@@ -141,7 +141,7 @@ class MoE(nn.Module):
         for operation in ("dispatch", "combine"):
             rows = {"capacity": 0 if ragged else capacity, "dropless": gate.dropless}
             yield Call(
-                operation, self.where, share.workload(share.inside, hidden=self.hidden, **chosen, **rows)
+                operation, self.where, share.workload(share.inside, hidden=self.hidden, **chosen, **buffer)
             )
         # an expert sees the rows of all ranks that spread the experts among them
         work = share.workload(
