@@ -105,8 +105,10 @@ def test_names_of_the_machine_and_its_user_are_taken_out(tmp_path, monkeypatch):
     assert "pass      environment" in (tmp_path / "SUMMARY.txt").read_text()
 
 
-def test_common_words_are_left_alone(monkeypatch):
+def test_common_words_are_left_alone_and_short_names_are_not(monkeypatch):
     monkeypatch.setattr(getpass, "getuser", lambda: "root")
+    monkeypatch.setattr(socket, "gethostname", lambda: "vm")
+    assert cleaned("ranks 0 on vm: npu:0", private_words(Path("/"))) == "ranks 0 on HOST: npu:0"
     assert "root" not in private_words(Path("/"))
     assert cleaned("root / torch 2.13.0", private_words(Path("/"))) == "root / torch 2.13.0"
 

@@ -48,8 +48,8 @@ def private_words(folder: Path) -> dict[str, str]:
     }
     with suppress(KeyError, OSError):  # a user without a name, as in some containers
         found[getpass.getuser()] = "USER"
-    # A word as short as "/" or as common as a package's own name says nothing about anyone.
-    kept = {word: name for word, name in found.items() if len(word) > 3 and word not in ("root", "localhost")}
+    # What every machine has says nothing about this one; a short name is one all the same.
+    kept = {word: name for word, name in found.items() if len(word) > 1 and word not in ("root", "localhost")}
     return dict(sorted(kept.items(), key=lambda item: -len(item[0])))
 
 
