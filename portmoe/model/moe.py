@@ -139,7 +139,7 @@ class MoE(nn.Module):
         yield Call(f"{gate.kind}_gating", self.where, work)
         ragged = self._ragged(share)
         for operation in ("dispatch", "combine"):
-            rows = {"capacity": 0 if ragged else capacity, "dropless": gate.dropless}
+            buffer = {"capacity": 0 if ragged else capacity, "dropless": gate.dropless}
             yield Call(
                 operation, self.where, share.workload(share.inside, hidden=self.hidden, **chosen, **buffer)
             )
