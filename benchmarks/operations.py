@@ -70,7 +70,9 @@ def measure(bench: Bench, workload: Workload, only: str) -> list[dict]:
         ceiling = product_flops(name, sample, workload) / flops + moved / bandwidth
         implementations = [i for i in offered if i.op == name and i.supports(workload) is None]
         for one in [*implementations, Implementation(name, REFERENCE, operation.reference)]:
-            seconds = seconds_per_call(operation, one.function, workload)
+            seconds = seconds_per_call(
+                operation, one.function, workload, bench.accelerator.device.synchronize
+            )
             rows.append(
                 {
                     "operation": f"{name}.{one.name}",

@@ -46,9 +46,11 @@ def assert_recorded(directory: Path, calls_of_ranks: Sequence[Counter]) -> None:
         return
     record = json.loads((directory / "ops.json").read_text())
     recorded = set()
+    steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    never = {"adamw"} if steps[-1]["inf_nan_skip_batches"] == len(steps) else set()  # no step was an update
     for key, choice in record.items():
         op = key.partition("@")[0]
-        if choice["chosen"] is not None:
+        if choice["chosen"] is not None and op not in never:
             recorded |= {f"{op}.{choice['chosen']}", *(f"{op}@{site}" for site in choice["sites"])}
     assert called.keys() == recorded, sorted(called.keys() ^ recorded)
     for op in {key.partition("@")[0] for key in record}:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from portmoe.backends.cpu.native import kernels
+from portmoe.backends.cpu.compiler import kernels
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 

@@ -59,7 +59,7 @@ def main(capability):
         source = ASTSource(fn=kernel, signature=types, constexprs=constants)
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
         assert compiled.asm["cubin"]
-        print(f"{kernel.fn.__module__.rpartition('triton_')[2]}.{kernel.fn.__name__}")
+        print(f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}")
 
 
 if __name__ == "__main__":

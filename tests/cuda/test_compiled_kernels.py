@@ -20,10 +20,10 @@ def test_the_kernels_compile(capability, tmp_path):
     assert set(done.stdout.split()) == {
         "swiglu._forward",
         "swiglu._backward",
-        "rows._spread_kernel",
-        "rows._gather_kernel",
-        "rows._product_kernel",
-        "gating._choose_kernel",
-        "gating._place_kernel",
-        "gating._gradient_kernel",
+        "dispatch._spread_kernel",
+        "dispatch._gather_kernel",
+        "dispatch._product_kernel",
+        "topk_gating._choose_kernel",
+        "topk_gating._place_kernel",
+        "topk_gating._gradient_kernel",
     }

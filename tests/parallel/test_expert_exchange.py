@@ -7,6 +7,7 @@ import torch.distributed as dist
 import portmoe
 from portmoe.model.experts import Experts
 from portmoe.model.reference_table import reference_table
+from portmoe.parallel.cuts import cut_parameters
 from portmoe.parallel.expert import spread
 from portmoe.parallel.layout import Layout
 from portmoe.parallel.mesh import build_meshes
@@ -34,11 +35,11 @@ def network(x, w1, w3, w2):
 
 
 class Holder(torch.nn.Module):
-    """What ``spread`` looks for: experts and a config."""
+    """What ranks spread: experts somewhere in a model."""
 
-    def __init__(self, config) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.experts, self.config = Experts(config, reference_table()), config
+        self.experts = Experts(EXPERTS, HIDDEN, WIDTH, reference_table())
 
 
 def differences(counts) -> list[float]:
@@ -46,8 +47,7 @@ def differences(counts) -> list[float]:
     dist.init_process_group("gloo")
     try:
         rank, world = dist.get_rank(), dist.get_world_size()
-        config = portmoe.load_config("tiny_moe4", KEYS)
-        holder = Holder(config).double()
+        holder = Holder().double()
         shapes = {name: p.shape for name, p in holder.experts.named_parameters()}
         generator = torch.Generator().manual_seed(3)
         whole = {n: torch.randn(s, generator=generator, dtype=torch.double) for n, s in shapes.items()}
@@ -55,7 +55,9 @@ def differences(counts) -> list[float]:
             holder.experts.get_parameter(name).data.copy_(value)
             value.requires_grad_()
         layout = Layout.plan(portmoe.load_config("tiny_moe4", KEYS), world)
-        spread(holder, build_meshes(layout, "cpu"))
+        meshes = build_meshes(layout, "cpu")
+        cut_parameters(holder, meshes, weights_are_shared=False)
+        spread(holder, meshes)
         rows = [torch.randn(sum(c), HIDDEN, generator=generator, dtype=torch.double) for c in counts]
         ways = [torch.randn(sum(c), HIDDEN, generator=generator, dtype=torch.double) for c in counts]
         mine = rows[rank].clone().requires_grad_()
