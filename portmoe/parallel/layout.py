@@ -22,12 +22,12 @@ class Layout:
         data: ranks that see different samples.
         tensor: ranks that share one layer (or, in isp mode, one sequence).
         pipeline: stages.
-        alike: ranks that compute with the same weights: ``data``, in isp mode data · tensor.
-        zero1: ranks the masters and moments are sharded over; it divides ``alike``.
+        replicas: ranks that compute with the same weights: ``data``, in isp mode data · tensor.
+        zero1: ranks the masters and moments are sharded over; it divides ``replicas``.
         moments: ranks the moments of each of these shards are sharded over again; 1 where ``weight`` is 1.
         sequence: ranks the tokens of a micro-batch are split over between the regions that ``tensor`` shares.
         weight: ranks the parameters are sharded over in isp mode; 1: they are not. Else equal to ``zero1``.
-        expert: ranks the experts are spread over; it divides ``alike`` and the number of experts. 1: every
+        expert: ranks the experts are spread over; it divides ``replicas`` and the number of experts. 1: every
             rank computes every expert.
         micro_num: micro-batches per rank and step; follows from ``data.global_batch_size`` where that is set.
         micro_bsz: sequences per micro-batch.
@@ -38,7 +38,7 @@ class Layout:
     data: int
     tensor: int
     pipeline: int
-    alike: int
+    replicas: int
     zero1: int
     moments: int
     sequence: int
@@ -71,22 +71,22 @@ class Layout:
         micro_num = _micro_num(config.data, data)
         _check_schedule(config, micro_num)
         _check_tensor(config)
-        alike = data * tensor if parallel.tensor.mode == "isp" else data
-        weight = _dividing("parallel.weight.size", parallel.weight.size, alike)
+        replicas = data * tensor if parallel.tensor.mode == "isp" else data
+        weight = _dividing("parallel.weight.size", parallel.weight.size, replicas)
         return cls(
             world=world_size,
             data=data,
             tensor=tensor,
             pipeline=pipeline,
-            alike=alike,
-            zero1=weight if weight > 1 else _zero1(parallel.zero1.size, alike),
-            moments=_moments(parallel.zero1.size, alike // weight) if weight > 1 else 1,
+            replicas=replicas,
+            zero1=weight if weight > 1 else _zero1(parallel.zero1.size, replicas),
+            moments=_moments(parallel.zero1.size, replicas // weight) if weight > 1 else 1,
             sequence=1 if parallel.tensor.mode == "mtp" else tensor,
             weight=weight,
             expert=_dividing(
                 "parallel.expert.size",
                 parallel.expert.size or _most_expert_ranks(config, data),
-                alike,
+                replicas,
             ),
             micro_num=micro_num,
             micro_bsz=config.data.micro_bsz,
@@ -105,7 +105,7 @@ class Layout:
     @property
     def expert_shards(self) -> int:
         """Ranks the optimizer state of an expert is sharded over: ``zero1`` of those that hold it, or all."""
-        return math.gcd(self.alike // self.expert, self.zero1)
+        return math.gcd(self.replicas // self.expert, self.zero1)
 
     @property
     def global_batch_sequences(self) -> int:
@@ -153,8 +153,8 @@ def _check_tensor(config: Config) -> None:
             )
 
 
-def _zero1(size: int, alike: int) -> int:
-    return _dividing("parallel.zero1.size", size, alike) if size > 0 else alike
+def _zero1(size: int, replicas: int) -> int:
+    return _dividing("parallel.zero1.size", size, replicas) if size > 0 else replicas
 
 
 def _moments(size: int, holders: int) -> int:

@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from portmoe.parallel.layout import Layout
 
 PIPELINE, DATA, TENSOR = "pipeline", "data", "tensor"
-ALIKE, REPLICATE, SHARD = "alike", "replicate", "shard"
+REPLICAS, REPLICATE, SHARD = "replicas", "replicate", "shard"
 EXPERT_REPLICATE, EXPERT_SHARD, EXPERT = "expert_replicate", "expert_shard", "expert"
 
 
@@ -50,11 +50,11 @@ def build_meshes(layout: Layout, device_type: str) -> Meshes:
     """Create the process groups of ``layout`` on the default process group's ranks. Collective."""
     shape = (layout.pipeline, layout.data, layout.tensor)
     root = init_device_mesh(device_type, shape, mesh_dim_names=(PIPELINE, DATA, TENSOR))
-    alike = root[DATA] if layout.alike == layout.data else root[DATA, TENSOR]._flatten(ALIKE)
-    data = _cut(alike, (layout.alike // layout.zero1, layout.zero1), (REPLICATE, SHARD))
-    holders = layout.alike // layout.expert
+    replicas = root[DATA] if layout.replicas == layout.data else root[DATA, TENSOR]._flatten(REPLICAS)
+    data = _cut(replicas, (layout.replicas // layout.zero1, layout.zero1), (REPLICATE, SHARD))
+    holders = layout.replicas // layout.expert
     experts = _cut(
-        alike,
+        replicas,
         (holders // layout.expert_shards, layout.expert_shards, layout.expert),
         (EXPERT_REPLICATE, EXPERT_SHARD, EXPERT),
     )

@@ -22,20 +22,23 @@ def regathered(
         whole: requires gradients.
         gather: makes ``whole`` of ``part``; called in the backward pass, in the same order on all ranks.
     """
-    again, place = _Again(part.detach(), gather), _place(whole)  # autograd keeps the hooks, and not ``whole``
+    later, place = (
+        _Regathered(part.detach(), gather),
+        _place(whole),
+    )  # autograd keeps the hooks, and not ``whole``
 
-    def pack(saved: torch.Tensor) -> "torch.Tensor | _Again":
-        return again if _place(saved) == place else saved
+    def pack(saved: torch.Tensor) -> "torch.Tensor | _Regathered":
+        return later if _place(saved) == place else saved
 
-    def unpack(kept: "torch.Tensor | _Again") -> torch.Tensor:
-        return kept.whole() if isinstance(kept, _Again) else kept
+    def unpack(kept: "torch.Tensor | _Regathered") -> torch.Tensor:
+        return kept.whole() if isinstance(kept, _Regathered) else kept
 
     with saved_tensors_hooks(pack, unpack):
         yield
-    whole.register_hook(again.drop)  # its gradient is complete once the last operation has used it
+    whole.register_hook(later.drop)  # its gradient is complete once the last operation has used it
 
 
-class _Again:
+class _Regathered:
     """A gathered tensor that is there from its first use in a backward pass to its last."""
 
     def __init__(self, part: torch.Tensor, gather: Callable[[torch.Tensor], torch.Tensor]) -> None:

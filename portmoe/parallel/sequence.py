@@ -1,4 +1,4 @@
-"""Sequence parallelism (tensor mode ``isp``): the ranks split a micro-batch's tokens and share no weights.
+"""Sequence parallelism, Ulysses (tensor mode ``isp``): ranks split a micro-batch's tokens, not the weights.
 
 Everything that works token by token stays on a rank's own tokens. Three things look at more of them:
 

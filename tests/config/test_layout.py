@@ -104,7 +104,7 @@ ISP = ("parallel.tensor.mode=isp", "parallel.tensor.size=2", "data.global_batch_
 )
 def test_isp_shards_among_data_and_tensor_ranks(weight, zero1, shards):
     planned = plan(4, *ISP, f"parallel.weight.size={weight}", f"parallel.zero1.size={zero1}")
-    assert (planned.data, planned.alike, planned.weight, planned.zero1) == (2, 4, weight, shards)
+    assert (planned.data, planned.replicas, planned.weight, planned.zero1) == (2, 4, weight, shards)
 
 
 @pytest.mark.parametrize(("zero1", "moments"), [(-1, 4), (1, 1), (4, 4)])

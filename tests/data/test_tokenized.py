@@ -1,6 +1,8 @@
 """Folders of tokenized files: what is read, and what is said when one is broken."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,20 @@ def test_a_last_line_without_a_line_end_is_read(tmp_path):
     path.write_bytes(b'{"tokens": [1, 2]}')
     write_meta(path, [(0, 2)])
     assert TokenizedFile(path, KEY)[0].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("code", [errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_that_maps_no_files_is_read_from(tmp_path, monkeypatch, code):
+    def refused(*args, **kwargs):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("mmap.mmap", refused)
+    file = TokenizedFile(write(tmp_path / "a.bin", [[1, 2, 3], [4, 5]]), KEY)
+    assert [file[i].tolist() for i in range(2)] == [[1, 2, 3], [4, 5]]
+    (tmp_path / "b.bin").write_bytes(b"nonsense, four\n")
+    write_meta(tmp_path / "b.bin", [(0, 4)])
+    with pytest.raises(ConfigError, match="line 1 of"):
+        TokenizedFile(tmp_path / "b.bin", KEY)[0]
 
 
 def test_files_come_in_order_with_the_type_their_path_says(tmp_path):

@@ -6,6 +6,7 @@
 marks, as token 0 does, what is not to be learned.
 """
 
+import errno
 import json
 import mmap
 import os
@@ -16,6 +17,9 @@ import numpy as np
 
 from portmoe.data.sources.sample import DATA_TYPES, Sample
 from portmoe.errors import ConfigError
+
+# What a file system says that maps no files into memory; a file is then read as a whole.
+NO_MAPPING = {errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 class TokenizedFile:
@@ -55,10 +59,15 @@ class TokenizedFile:
         return Sample.from_signed(self[index])
 
     @cached_property
-    def _lines(self) -> mmap.mmap:
+    def _lines(self) -> mmap.mmap | bytes:
         try:
             with self._path.open("rb") as file:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                try:
+                    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                except OSError as error:
+                    if error.errno not in NO_MAPPING:
+                        raise
+                    return file.read()
         except (OSError, ValueError) as error:  # ValueError: emptied since the .meta was read
             raise self._unusable(f"{self._path} cannot be read ({error})") from error
 
@@ -66,7 +75,8 @@ class TokenizedFile:
         """Return the .meta file's rows, int64, checked against the size of the .bin file."""
         path = self._path.with_name(self._path.name + ".meta")
         try:
-            meta = np.lib.format.open_memmap(path, mode="r")  # never unpickles
+            with path.open("rb") as file:
+                meta = np.lib.format.read_array(file, allow_pickle=False)
             size = self._path.stat().st_size
         except FileNotFoundError as error:
             raise self._unusable(f"{error.filename} does not exist; every .bin file needs one") from error
