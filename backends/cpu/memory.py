@@ -39,7 +39,7 @@ class CpuMemory(Memory):
             return  # the mark then covers the whole life of the process
 
     def keep_freed(self) -> None:
-        """By the C library's settings, which hold for the whole process.
+        """Keep it by the C library's settings, which hold for the whole process.
 
         Otherwise every buffer above 32 MiB is mapped anew, and every page of it cleared on first use, in
         every step: a fifth of the time of an MoE layer with many experts. Settings in the environment win.

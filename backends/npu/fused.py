@@ -19,7 +19,7 @@ def rms_norm(x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Te
 def rotary(
     x_TND: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, interleaved: bool
 ) -> torch.Tensor:
-    """In float32, because the function wants one dtype and angles must not be rounded to 16 bits."""
+    """Turn in float32, because the function wants one dtype and angles must not be rounded to 16 bits."""
     import torch_npu
 
     def for_both_halves(table_TR: torch.Tensor) -> torch.Tensor:

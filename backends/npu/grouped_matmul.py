@@ -111,7 +111,7 @@ def _by_expert(
 
 
 def _accumulated(grad_RO: torch.Tensor, x_RI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    """In float32; the function takes the left factor as it lies and transposes it itself."""
+    """Multiply in float32; the function takes the left factor as it lies and transposes it itself."""
     import torch_npu
 
     sum_EOI = torch.zeros(

@@ -16,7 +16,7 @@ def dispatch(x_SH: torch.Tensor, row_KS: torch.Tensor, rows: int) -> torch.Tenso
 
 
 def combine(y_RH: torch.Tensor, row_KS: torch.Tensor, weight_KS: torch.Tensor) -> torch.Tensor:
-    """In float32: whether rows and weights may differ is not said, and the sum is to be rounded once."""
+    """Combine in float32: whether rows and weights may differ is not said; the sum is to be rounded once."""
     import torch_npu
 
     row_A = row_KS.t().flatten().to(torch.int32)

@@ -82,7 +82,7 @@ def prepare(name: str) -> None:
 
 
 def import_torch(name: str) -> Problem | None:
-    """As ``prepare``, but say why torch cannot be imported instead of raising."""
+    """Do as ``prepare``, but say why torch cannot be imported instead of raising."""
     points = registered()
     set_environment(points.values() if name == AUTO else [find(name)])
     try:

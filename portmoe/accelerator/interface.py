@@ -281,7 +281,7 @@ class Memory:
         torch.accelerator.reset_peak_memory_stats()
 
     def keep_freed(self) -> None:
-        """From now on use freed memory again, not hand it back to the system. Most allocators do so."""
+        """Use freed memory again from now on, not hand it back to the system. Most allocators do so."""
 
     def total(self) -> int:
         """Bytes of memory the current device has."""

@@ -1,6 +1,5 @@
 """DCP's files, written so that a checkpoint is whole or not there, and read without running foreign code."""
 
-import json
 import os
 import pickle
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from portmoe.checkpoint.folder import (
 )
 from portmoe.checkpoint.upkeep import clear, remove, vacant
 from portmoe.errors import TrainingError
-from portmoe.files import sync
+from portmoe.files import json_text, write_whole
 
 FORMAT = 1  # of STATE_FILE
 
@@ -90,10 +89,7 @@ class Writer(dcp.FileSystemWriter):
         files = {r.storage_data.relative_path: r.crc32 for of_rank in results for r in of_rank}
         files[METADATA_FILE] = crc32(partial / METADATA_FILE)
         record = {"format": FORMAT, "step": self._step, "files": files, "state": self._state}
-        with open(partial / STATE_FILE, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
-            file.flush()
-            sync(file.fileno())
+        write_whole(partial / STATE_FILE, json_text(record, indent=1))
         sync_folder(partial)
         replaced = None
         if os.path.lexists(final):

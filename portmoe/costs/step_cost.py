@@ -17,7 +17,7 @@ ADAMW_PASSES = 8  # the norm reads the gradient; AdamW reads four tensors and wr
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one part, per step and rank."""
+    """What one part costs, per step and rank."""
 
     flops: float
     bytes: float

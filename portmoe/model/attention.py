@@ -88,7 +88,7 @@ class Attention(nn.Module):
         yield PartCost("attention", 2 * weights * share.inside + 2 * scores, moved * share.item)
 
     def kept_bytes(self, share: Share) -> int:
-        """Of q, k, v, the output before its projection, and the log-sum-exp."""
+        """Bytes of q, k, v, the output before its projection, and the log-sum-exp."""
         sizes = self.sizes
         heads = sizes.heads * (sizes.head_dim + sizes.value_dim)
         heads += sizes.kv_heads * (sizes.head_dim + sizes.value_dim)

@@ -44,5 +44,5 @@ class FeedForward(nn.Module):
         yield PartCost("dense network", 2 * weights * share.inside, moved * share.item)
 
     def kept_bytes(self, share: Share) -> int:
-        """Of gate, up and their product."""
+        """Bytes of gate, up and their product."""
         return share.inside * (3 * self.width * share.item // share.parts)

@@ -49,7 +49,7 @@ def initialise(module: nn.Module, config: Config, prefix: str = "") -> None:
 
 
 def standard_deviation(name: str, initial: Initial) -> float:
-    """Of a normally initialised parameter, by its name in the whole model."""
+    """Return that of a normally initialised parameter, by its name in the whole model."""
     match = _LAYER.fullmatch(name)
     if match is None:
         return initial.vocabulary

@@ -114,7 +114,7 @@ class MoE(nn.Module):
         return self.ops.combine(y_ECH.flatten(0, 1), row_KT, routing.weight_KS)
 
     def _experts_ragged(self, x_TH: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """With a row for every choice; those of dropped ones are zero and not used."""
+        """Compute them with a row for every choice; those of dropped ones are zero and not used."""
         row_KT = routing.ragged_row_KS
         x_RH = self.ops.dispatch(x_TH, row_KT, routing.ragged_rows)
         y_RH = self.experts(x_RH, routing.ends_E)
@@ -176,7 +176,7 @@ class MoE(nn.Module):
             yield PartCost("dense network", 2 * tokens * 2 * hidden)
 
     def kept_bytes(self, share: Share) -> int:
-        """Of logits, probabilities, choices, the experts' buffer, and the networks beside the experts."""
+        """Bytes of logits, probabilities, choices, the experts' buffer, and the networks beside them."""
         hidden, item, gate = self.hidden, share.item, self.gate
         routed = 2 * FP32_BYTES * self.sizes.count + gate.top_k * (4 * INDEX_BYTES + FP32_BYTES)
         inner = 3 * self.sizes.width * item // share.parts

@@ -89,7 +89,7 @@ class Share:
         return self.dtype.itemsize
 
     def workload(self, tokens: int, **sizes: int | bool | None) -> Workload:
-        """Of a call with these sizes; those an operation does not know are 0."""
+        """The workload of a call with these sizes; those an operation does not know are 0."""
         unknown = dict.fromkeys(
             ("hidden", "heads", "head_dim", "ffn_width", "vocab", "experts", "top_k", "capacity"), 0
         )

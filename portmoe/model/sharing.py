@@ -81,7 +81,7 @@ class AllTokens:
         return own
 
     def to_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """From own tokens of all heads to all tokens of own heads; both lie in the second dimension."""
+        """Exchange own tokens of all heads for all tokens of own heads; both lie in the second dimension."""
         return x
 
     def to_tokens(self, y: torch.Tensor) -> torch.Tensor:

@@ -81,7 +81,7 @@ class Head(nn.Module):
         yield PartCost("loss", 2 * share.inside * weights, moved * share.item)
 
     def kept_bytes(self, share: Share) -> int:
-        """Of the input, the log-sum-exp, and the first logits."""
+        """Bytes of the input, the log-sum-exp, and the first logits."""
         vocabulary, hidden = self.weight.shape
         kept = share.entering * hidden * share.item + share.inside * FP32_BYTES
         return kept + kept_bytes(share.inside, vocabulary // share.parts, share.dtype)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from portmoe.cache import cache_folder
+from portmoe.files import json_text
 from portmoe.ops.measure import seconds_per_call
 from portmoe.ops.operation import Implementation, Operation
 from portmoe.ops.workload import Workload
@@ -90,7 +91,7 @@ class Timings:
             with tempfile.NamedTemporaryFile(
                 "w", encoding="utf-8", dir=self._path.parent, prefix="timings-", delete=False
             ) as file:
-                json.dump(self.known, file, indent=1)
+                file.write(json_text(self.known, indent=1))
             os.replace(file.name, self._path)
         except (OSError, ValueError) as error:  # ValueError: a name that cannot be written
             log(f"the measured timings were not kept: {error}")

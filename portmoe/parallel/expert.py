@@ -43,7 +43,7 @@ class _Exchange:
     def __call__(
         self, compute: Callable[..., torch.Tensor], x: torch.Tensor, ends_E: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """As ``Experts.forward`` for all experts; ``compute`` is that of the experts held here."""
+        """Compute all experts, as ``Experts.forward`` does; ``compute`` is that of the experts held here."""
         if ends_E is None:
             return self._static(compute, x)
         return self._ragged(compute, x, ends_E)

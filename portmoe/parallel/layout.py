@@ -193,7 +193,7 @@ def _check_schedule(config: Config, micro_num: int) -> None:
 
 
 def _most_expert_ranks(config: Config, data: int) -> int:
-    """Where ``parallel.expert.size`` is null; only the native engine spreads experts."""
+    """Ranks to spread experts over, ``parallel.expert.size`` being null; only the native engine does."""
     counts = [experts.count for experts in config.architecture.expert_layers] or [1]
     return math.gcd(data, *counts) if config.trainer.engine == "native" else 1
 

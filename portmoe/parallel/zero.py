@@ -63,7 +63,7 @@ def _settings(mesh: DeviceMesh) -> dict[str, Any]:
 
 
 def _cut(parameter: nn.Parameter, parts: int) -> Shard:
-    """Along the first dimension that divides into equal ``parts``, or, unequally, along the first of all.
+    """Cut along the first dimension that divides into equal ``parts``, or, unequally, along the first of all.
 
     Four experts on 32 ranks are thus cut along their width: every rank has state of its own.
     """

@@ -79,7 +79,7 @@ def _memory(config: Config, layout: Layout) -> Iterator[tuple[str, str]]:
 
 
 def _activations(config: Config, layout: Layout) -> int:
-    """Of the rank that holds most: its layers' share for every micro-batch under way, the head's for one."""
+    """Bytes of the fullest rank: its layers' for every micro-batch under way, the head's for one."""
     chunks, share = config.model.num_chunks, share_of(config, layout, torch.device("meta"))
     head = activation_bytes(config, share, layers=())
     held = []

@@ -37,7 +37,7 @@ def _under_deepspeed(config: Config, layout: Layout) -> StateBytes:
 
 
 def weights_dtype(config: Config) -> str:
-    """Of the weights a rank computes with, as it keeps them."""
+    """Name the type of the weights a rank computes with, as it keeps them."""
     return "float32" if config.trainer.engine == "deepspeed" else config.model.dtype
 
 

@@ -143,7 +143,7 @@ def _alive(path: Path) -> bool:
 
 
 def _now(directory: Path) -> float:
-    """By the clock of the file system, which may be another machine's."""
+    """Tell the time by the clock of the file system, which may be another machine's."""
     try:
         os.utime(directory / LOCK)
         return (directory / LOCK).stat().st_mtime

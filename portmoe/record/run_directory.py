@@ -198,7 +198,7 @@ DATA = "the training data"
 
 
 def changed_data(whose: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> ConfigError:
-    """Of a run whose data is another than it was."""
+    """The refusal of a run whose data is another than it was."""
     return ConfigError(
         f"{whose!r} was trained on other data so far: {described(there)}, and now it is {described(here)}. "
         f"Give it what it had (of the dummy data, data.num_samples={there['samples']}), choose another "

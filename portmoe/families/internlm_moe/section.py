@@ -121,7 +121,7 @@ def architecture(config: "Config") -> arch.Architecture:
 
 
 def contradictions(config: "Config") -> Iterator[str]:
-    """Between the kind of gating and the noise asked for."""
+    """Yield what the kind of gating and the noise asked for contradict each other in."""
     model, moe = config.model, config.moe
     if moe.noisy_gate_policy and model.moe_type != "GShard":
         yield (

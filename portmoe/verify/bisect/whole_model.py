@@ -110,7 +110,7 @@ def _other_choices(first: Call, second: Call) -> int | None:
 def _deviations(
     first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[str, float]]:
-    """Of every floating-point tensor; infinite where the second has none."""
+    """The distance of every floating-point tensor; infinite where the second has none."""
     for name, tensor in first.items():
         if tensor.is_floating_point():
             yield name, distance(tensor, second[name]) if name in second else float("inf")
