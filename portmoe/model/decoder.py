@@ -108,8 +108,8 @@ class Block(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         x_TH = x_TH + self.attention(self.attention_norm(x_TH), cos_TR, sin_TR, segments)
         h_TH = self.feed_forward_norm(x_TH)
-        none_E = torch.zeros(self.counted_experts, dtype=torch.int64, device=x_TH.device)
         if not self.is_moe:
+            none_E = torch.zeros(self.counted_experts, dtype=torch.int64, device=x_TH.device)
             return x_TH + self.feed_forward(h_TH), x_TH.new_zeros((), dtype=torch.float32), none_E, none_E
         y_TH, routing = self.moe.compute(h_TH, noise_seed)
         kept_E = routing.count_E.clamp(max=routing.capacity)  # an expert's slots fill from 0

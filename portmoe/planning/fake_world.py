@@ -25,6 +25,7 @@ from portmoe.data.batch import Batch
 from portmoe.families.architecture import Layer
 from portmoe.model.decoder import Decoder, StageOutput
 from portmoe.model.precision import compute_dtype
+from portmoe.model.share import FP32_BYTES
 from portmoe.ops import OPERATIONS, OpTable, Routing, Segments
 from portmoe.parallel import zero
 from portmoe.parallel.build import build
@@ -33,8 +34,6 @@ from portmoe.parallel.mesh import Meshes, build_meshes
 from portmoe.parallel.stages import Stage, fullest_rank, split_stages, stages_of
 from portmoe.parallel.tensor import Region, sum_gradients
 from portmoe.planning.traffic import Counted, Traffic
-
-FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
