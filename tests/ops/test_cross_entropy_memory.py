@@ -21,15 +21,16 @@ compiled, chunked = (i.function for i in compiled_cross_entropy.ALL)
 function, memory = locals()[sys.argv[1]], get_accelerator("cpu").memory
 x_TH, weight_VH = torch.randn({T}, {H}, requires_grad=True), torch.randn({V}, {H}, requires_grad=True)
 labels_T = torch.randint({V}, ({T},))
-for _ in range(2):  # the first call also loads libraries
+peaks = []
+for _ in range(4):  # the first call also loads libraries; what the allocator keeps differs from one to the next
     x_TH.grad = weight_VH.grad = None
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     memory.reset_peak()
     before = memory.allocated()
     function(x_TH, weight_VH, labels_T, 0.0)[0].mean().backward()
-    peak = memory.peak() - before
-print(peak)
+    peaks.append(memory.peak() - before)
+print(min(peaks[1:]))
 """
 
 
