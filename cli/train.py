@@ -1,5 +1,6 @@
 """``portmoe train``."""
 
+import json
 import os
 import sys
 
@@ -48,6 +49,14 @@ MOST_RANKS = 2**20
     is_flag=True,
     help="Write a trace of the first steps after warming up, and print where their time and memory go.",
 )
+@click.option(
+    "--twin",
+    type=click.IntRange(1, 2**31),
+    default=None,
+    metavar="N",
+    help="Train the N-th twin: the same run, in a directory of its own, with every weight moved by one unit "
+    "in its last place. compare measures by twins how far two right runs part.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what training takes, without training.")
 @click.option(
     "--world-size",
@@ -63,6 +72,7 @@ def train(
     max_restarts: int,
     launcher: str,
     profile: bool,
+    twin: int | None,
     dry_run: bool,
     world_size: int | None,
 ) -> None:
@@ -71,6 +81,8 @@ def train(
         raise click.UsageError("--world-size is for --dry-run only; use --nproc to start processes")
     if profile and dry_run:
         raise click.UsageError("--profile needs real steps; leave --dry-run out")
+    if twin is not None:
+        overrides = _of_twin(name, overrides, twin)
     config = load_config(name, overrides)
     if backend != AUTO:
         find(backend)
@@ -96,9 +108,17 @@ def train(
         sys.exit(spawn(nproc, argv, max_restarts))
     from portmoe.training.run import train as start
 
-    stopped_by = start(config, config_name(name), backend, launcher, profile)
+    called = config_name(name) + (f"-twin{config.run.twin}" if config.run.twin else "")
+    stopped_by = start(config, called, backend, launcher, profile)
     if stopped_by is not None:
         sys.exit(exit_code(stopped_by))
+
+
+def _of_twin(name: str, overrides: tuple[str, ...], twin: int) -> tuple[str, ...]:
+    """The overrides with those of a twin, which the command of its run makes beside that run's directory."""
+    directory = load_config(name, overrides).run.directory
+    beside = () if directory is None else (f"run.directory={json.dumps(f'{directory}-twin{twin}')}",)
+    return (*overrides, f"run.twin={twin}", *beside)
 
 
 def _started(launcher: str) -> int:

@@ -39,7 +39,7 @@ def initialise(module: nn.Module, config: Config, prefix: str = "") -> None:
         if parameter.is_meta:
             continue
         name = prefix + local_name
-        local, offset = _local_part(parameter)
+        local, offset = local_part(parameter)
         constant = _constant(name)
         if constant is not None:
             local.fill_(constant)
@@ -70,7 +70,7 @@ def _constant(name: str) -> float | None:
     return 0.0 if leaf == "bias" else None
 
 
-def _local_part(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+def local_part(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
     """This rank's part of ``parameter`` and where it begins in the whole one."""
     if not isinstance(parameter, DTensor):
         return parameter, (0,) * parameter.ndim

@@ -33,6 +33,7 @@ from portmoe.training.engine import Engine
 from portmoe.training.engines import build_engine
 from portmoe.training.operations import choose_operations
 from portmoe.training.starting_point import Progress, starting_point
+from portmoe.training.twin import begin_apart
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,8 @@ def _opened(
     checkpointer = Checkpointer(run.checkpoints, config.ckpt.keep, config.ckpt.async_upload, writing)
     stack.callback(checkpointer.close)
     progress = starting_point(run, config, data, layout, engine, checkpointer, writing, notes.append)
+    if config.run.twin and not (run.resuming and progress.step):
+        begin_apart(engine, config)
     run.write_json(ENVIRONMENT, {**provenance.describe(accelerator, layout.world), "data": data})
     run.write_json("ops.json", ops.record())
     writers = Writers(

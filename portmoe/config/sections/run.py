@@ -13,6 +13,8 @@ class RunConfig(Section):
 
     directory: Annotated[Path | None, SAME_RUN] = None  # null: runs/<config name>, numbered
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1024  # numpy's RandomState takes 32 bits
+    # above 0: every weight begins one unit in its last place away, see ``training.twin``
+    twin: Annotated[int, Field(ge=0, le=2**31)] = 0
     # seconds a collective may wait for a missing rank
     collective_timeout: Annotated[Positive, SAME_RUN] = 600
 
