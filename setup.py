@@ -34,6 +34,7 @@ setup(
     package_data={
         "portmoe.backends.cpu": ["*.c", "*.h"],
         "portmoe.configs": ["*.yaml"],
+        "portmoe.record": ["*.css"],
         "portmoe.verify.runs": ["*.json", "*.yaml"],
     },
 )

@@ -1,40 +1,112 @@
-"""The one HTML page of every report: a verdict, and sections of paragraphs, tables and plots."""
+"""The one HTML page of every report: a verdict, what it is decided by, sections, and how it was made.
 
-from collections.abc import Sequence
+A page needs no other file and no network, fits 390 pixels, follows the reader's light or dark setting, and
+prints its verdict and summary on the first sheet. Everything given as text is escaped here.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib.resources import files
+from typing import NamedTuple
 
-_STYLE = """
-body{font:14px/1.45 sans-serif;margin:2em auto;max-width:1080px;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:.6em 0}
-td,th{padding:2px 10px;border-bottom:1px solid #ddd;text-align:left}
-td.number{text-align:right;font-variant-numeric:tabular-nums}tr.fail td{background:#fde8e8}
-tr.skip td{color:#888}
-.pass{color:#2e8540}.fail{color:#b00020}h1 span{font-size:.8em}svg{display:block;margin:1em 0}
-"""
+from portmoe.result import Status
+
+ICONS: Mapping[Status, str] = {"pass": "✓", "warn": "⚠", "fail": "✗", "skip": "–"}
+WORDS: Mapping[Status, str] = {"pass": "passed", "warn": "attention", "fail": "failed", "skip": "not judged"}
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: blocks of HTML, as the functions here and in ``svg`` make them, under a heading."""
+    """A part of a page: blocks of HTML, as the functions here, ``svg.lines`` and ``bars.bars`` make them.
 
-    heading: str  # "": none
+    Attributes:
+        heading: also its entry in the list of contents.
+        folded: shown as a heading that opens: what is looked up rather than read.
+        count: a few words beside the heading, as in "67 checks".
+    """
+
+    heading: str
     blocks: Sequence[str]
+    folded: bool = False
+    count: str = ""
 
 
-def page(title: str, verdict: str, passed: bool, sections: Sequence[Section]) -> str:
-    """Return the whole document, which needs no other file; a section without blocks is left out."""
-    state = "pass" if passed else "fail"
-    body = []
-    for section in sections:
-        if section.blocks:
-            body += [f"<h2>{escape(section.heading)}</h2>"] if section.heading else []
-            body += section.blocks
+class Row(NamedTuple):
+    """A line of a table.
+
+    Attributes:
+        status: an icon before the first cell; "": none.
+        anchor: the line's name, that ``target`` of another one, or of a bar, leads to.
+        target: the anchor of a line that says more.
+    """
+
+    status: Status | str
+    cells: Sequence[str]
+    anchor: str = ""
+    target: str = ""
+
+
+def page(
+    title: str,
+    status: Status,
+    verdict: str,
+    summary: Sequence[str],
+    sections: Sequence[Section],
+    provenance: Mapping[str, object] | None = None,
+) -> str:
+    """Return the whole document.
+
+    Args:
+        title: what was asked, as in "portmoe compare".
+        verdict: one short sentence.
+        summary: blocks: what a reader decides by.
+        sections: in order: plots first, then what is folded; those without blocks are left out.
+        provenance: as ``origin.of_report`` gives it.
+    """
+    shown = [section for section in sections if section.blocks]
+    made = dict(provenance or {})
+    origin = " · ".join(str(made[key]) for key in ("date", "host") if made.get(key))
+    head = f"{escape(title)} · {escape(origin)}" if origin else escape(title)
+    badge = f'<span class="badge {status}">{ICONS[status]} {WORDS[status]}</span>'
+    contents = "".join(f'<li><a href="#{anchor(s.heading)}">{escape(s.heading)}</a></li>' for s in shown)
+    body = [
+        f'<header><p class="origin">{head}</p><h1>{badge} {escape(verdict)}</h1>',
+        *summary,
+        f'<nav aria-label="Contents"><ol>{contents}</ol></nav>' if len(shown) > 1 else "",
+        "</header><main>",
+        *map(_section, shown),
+        f"</main>{_footer(made)}",
+    ]
+    style = files("portmoe.record").joinpath("page.css").read_text(encoding="utf-8")
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<style>{_STYLE}</style></head><body><h1>{escape(title)} <span class="{state}">{escape(verdict)}'
-        f"</span></h1>\n{chr(10).join(body)}\n</body></html>\n"
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{ICONS[status]} {escape(verdict)} – {escape(title)}</title>"
+        f"<style>{style}</style></head><body>\n{chr(10).join(filter(None, body))}\n</body></html>\n"
     )
+
+
+def _section(section: Section) -> str:
+    count = f'<span class="count">{escape(section.count)}</span>' if section.count else ""
+    head = f"<h2>{escape(section.heading)}</h2>{count}"
+    name, blocks = anchor(section.heading), "\n".join(section.blocks)
+    if section.folded:
+        return f'<details class="section" id="{name}"><summary>{head}</summary>{blocks}</details>'
+    return f'<section id="{name}">{head}{blocks}</section>'
+
+
+def _footer(made: Mapping[str, object]) -> str:
+    rows = [(key, str(value)) for key, value in made.items() if value not in (None, "")]
+    if not rows:
+        return ""
+    return f"<footer><details><summary>How this was made</summary>{facts(rows)}</details></footer>"
+
+
+def anchor(text: str) -> str:
+    """Return ``text`` as the name of a place on the page."""
+    return re.sub(r"[^\w.]+", "-", text.lower()).strip("-")
 
 
 def paragraph(text: str) -> str:
@@ -42,19 +114,45 @@ def paragraph(text: str) -> str:
     return f"<p>{escape(text)}</p>"
 
 
-def table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """``rows``: a status ("pass", "fail", "skip" or "") and the cells; numbers are set to the right."""
+def code(text: str) -> str:
+    """Return ``text`` as it would stand in a terminal or a file: commands, settings."""
+    return f"<pre><code>{escape(text)}</code></pre>"
+
+
+def facts(pairs: Sequence[tuple[str, str]]) -> str:
+    """Return names and values side by side."""
+    cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in pairs)
+    return f"<dl>{cells}</dl>"
+
+
+def plots(figures: Sequence[str], pairs: bool = False) -> str:
+    """Return figures of ``svg`` beside each other, as many as fit; ``pairs``: at most two."""
+    return f'<div class="plots{" pairs" * pairs}">{"".join(figures)}</div>'
+
+
+def table(columns: Sequence[str], rows: Sequence[Row | tuple[Status | str, Sequence[str]]]) -> str:
+    """Return a table of at most nine columns; where the page is narrow each line becomes a block."""
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    lines = []
-    for status, cells in rows:
-        shown = "".join(f'<td class="{_kind(cell)}">{escape(cell)}</td>' for cell in cells)
-        lines.append(f'<tr class="{status}">{shown}</tr>')
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    names = ";".join(f'--c{n}:"{column}"' for n, column in enumerate(columns, 1) if n > 1)
+    body = "\n".join(_row(Row(*row)) for row in rows)
+    return f'<table style="{escape(names)}"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>'
 
 
-def _kind(cell: str) -> str:
+def _row(row: Row) -> str:
+    cells = []
+    for number, cell in enumerate(row.cells):
+        text = escape(cell)
+        if row.target and not number:
+            text = f'<a href="#{row.target}">{text}</a>'
+        cells.append(f"<td class=n>{text}</td>" if _is_number(cell) else f"<td>{text}</td>")
+    name = f' id="{row.anchor}"' if row.anchor else ""
+    state = f" class={row.status}" if row.status else ""
+    return f"<tr{state}{name}>{''.join(cells)}</tr>"
+
+
+def _is_number(cell: str) -> bool:
     try:
         float(cell)
     except ValueError:
-        return "text"
-    return "number"
+        return False
+    return True

@@ -3,15 +3,14 @@
 import importlib.metadata
 import os
 import platform
-import subprocess
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import portmoe
 from portmoe.accelerator import Accelerator
 from portmoe.accelerator.discovery import find
 from portmoe.accelerator.preflight import preflight_of
+from portmoe.record.origin import commit
 
 # Only these are kept, besides those the accelerator's parts name: others may hold secrets.
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTORCH_ALLOC_CONF", "TORCH_DEVICE_BACKEND_AUTOLOAD")
@@ -22,7 +21,7 @@ def describe(accelerator: Accelerator, world_size: int) -> dict[str, Any]:
     """Versions, machine, device, ranks and the environment variables that steer them; JSON-ready."""
     return {
         "portmoe": portmoe.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "platform": platform.platform(),
@@ -48,21 +47,3 @@ def variables(accelerator: Accelerator) -> dict[str, str]:
     )
     names = sorted({*VARIABLES, *(name for part in parts for name in part)})
     return {name: os.environ[name] for name in names if name in os.environ}
-
-
-def _commit() -> str | None:
-    """The commit of the checkout portmoe runs from; None where it runs from an installed wheel."""
-    home = Path(portmoe.__file__).parent
-    if not (home.parent / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=home,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

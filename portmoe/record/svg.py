@@ -1,25 +1,31 @@
-"""Plots as inline SVG: lines over steps, and bars against a limit. No scripts, no external resources."""
+"""Plots of values by step, as inline SVG of a page, which colours them; each also says itself in words."""
 
 import math
 from collections.abc import Sequence
 from html import escape
 
-WIDTH, HEIGHT = 640, 240
-LEFT, RIGHT, TOP, BOTTOM = 64, 12, 26, 28
-COLOURS = ("#1f5fa8", "#c8501e", "#2e8540")
-DASHES = ("none", "6 4", "2 3")
+WIDTH, HEIGHT = 360, 210
+LEFT, RIGHT, TOP, BOTTOM = 52, 8, 8, 22
+STYLES = 3  # of lines, as page.css has them
+COLUMNS = 160  # of points: of more steps each column keeps its lowest and its highest value
 
 Values = Sequence[float | None]
 
 
 def lines(
-    title: str, series: Sequence[tuple[str, Values]], *, limit: float | None = None, log: bool = False
+    title: str,
+    series: Sequence[tuple[str, Values]],
+    *,
+    limit: float | None = None,
+    log: bool = False,
+    first: int = 0,
 ) -> str:
-    """Values by step; gaps where a value is missing or not finite.
+    """Return values by step, under a heading with the names; gaps where one is missing or not finite.
 
     Args:
         limit: a dashed horizontal line.
         log: a logarithmic scale, on which values of 0 lie at its lower end.
+        first: the step of the first value.
     """
     finite = [v for _, values in series for v in values if v is not None and math.isfinite(v)]
     finite += [] if limit is None else [limit]
@@ -37,78 +43,54 @@ def lines(
         )
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * min(1.0, max(0.0, share))
 
-    parts = [_text(LEFT, 16, title, weight="bold")]
+    def across(kind: str, value: float) -> str:
+        return (
+            f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
+        )
+
+    parts = []
     for tick in _ticks(low, high, log):
-        parts.append(
-            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" stroke="#ddd"/>'
-        )
-        parts.append(_text(LEFT - 6, y(tick) + 4, f"{tick:.3g}", anchor="end"))
+        parts += [across("grid", tick), _text(LEFT - 5, y(tick) + 4, f"{tick:.3g}", "end")]
     for step in sorted({0, (steps - 1) // 2, steps - 1}):
-        parts.append(_text(x(step), HEIGHT - 8, str(step), anchor="middle"))
+        at_end = "end" if step and step == steps - 1 else "middle"
+        parts.append(_text(x(step), HEIGHT - 6, f"{'step ' * (step == 0)}{first + step}", at_end))
     if limit is not None:
-        parts.append(
-            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(limit):.1f}" y2="{y(limit):.1f}" '
-            'stroke="#b00" stroke-dasharray="4 4"/>'
-        )
-    for number, (name, values) in enumerate(series):
-        colour, dash = COLOURS[number % 3], DASHES[number % 3]
-        for run in _runs(values):
-            points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in run)
-            parts.append(
-                f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.6" '
-                f'stroke-dasharray="{dash}"/>'
-            )
-        parts.append(
-            _text(WIDTH - RIGHT - 150 * (len(series) - number - 1), 16, name, anchor="end", fill=colour)
-        )
-    return _svg(parts, HEIGHT)
-
-
-def bars(title: str, rows: Sequence[tuple[str, float, bool]]) -> str:
-    """A bar per row on a logarithmic scale from 0.001 to 10, with a line at 1: the share of what is allowed.
-
-    Args:
-        rows: label, share, whether it passed.
-    """
-    row, label = 16, 260
-    height = TOP + row * len(rows) + 22
-
-    def x(share: float) -> float:
-        place = (math.log10(min(10.0, max(1e-3, share))) + 3) / 4
-        return label + (WIDTH - label - RIGHT) * place
-
-    parts = [_text(8, 16, title, weight="bold")]
-    for tick in (0.001, 0.01, 0.1, 1.0, 10.0):
-        parts.append(f'<line x1="{x(tick)}" x2="{x(tick)}" y1="{TOP}" y2="{height - 20}" stroke="#ddd"/>')
-        parts.append(_text(x(tick), height - 6, f"{tick:g}", anchor="middle"))
-    for number, (name, share, passed) in enumerate(rows):
-        top = TOP + row * number
-        colour = "#2e8540" if passed else "#b00020"
-        parts.append(_text(label - 6, top + 11, name, anchor="end"))
-        parts.append(
-            f'<rect x="{label}" y="{top + 2}" width="{max(1.0, x(share) - label):.1f}" height="{row - 5}" '
-            f'fill="{colour}"/>'
-        )
-    parts.append(
-        f'<line x1="{x(1)}" x2="{x(1)}" y1="{TOP}" y2="{height - 20}" stroke="#b00" stroke-dasharray="4 4"/>'
-    )
-    return _svg(parts, height)
-
-
-def _svg(parts: Sequence[str], height: int) -> str:
+        parts.append(across("limit", limit))
+    for number, (_, values) in enumerate(series):
+        for run in _runs(_thinned(values)):
+            points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in run * (1 + (len(run) == 1)))
+            parts.append(f'<polyline class="s{number % STYLES}" points="{points}"/>')
+    words = "; ".join(_in_words(name, values) for name, values in series)
+    words += f"; allowed {limit:.3g}" if limit is not None else ""
+    keys = [_key(f"s{number % STYLES}", name) for number, (name, _) in enumerate(series) if name]
+    keys += [] if limit is None else [_key("limit", "allowed")]
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img" '
-        f'font-family="sans-serif" font-size="11">{"".join(parts)}</svg>'
+        f"<figure><figcaption>{escape(title)}<br>{''.join(keys)}</figcaption>"
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(f"{title}, {words}")}">'
+        f"{''.join(parts)}</svg></figure>"
     )
 
 
-def _text(
-    x: float, y: float, text: str, *, anchor: str = "start", weight: str = "normal", fill: str = "#222"
-) -> str:
+def _key(kind: str, name: str) -> str:
+    line = f'<line class="key {kind}" x2="26" y1="4" y2="4"/>'
+    return f'<span class="key"><svg aria-hidden="true">{line}</svg>{escape(name)}</span>'
+
+
+def _in_words(name: str, values: Values) -> str:
+    finite = [v for v in values if v is not None and math.isfinite(v)]
+    what = f"{name}: " if name else ""
+    if not finite:
+        return f"{what}no values"
+    missing = f", {len(values) - len(finite)} of {len(values)} missing" if len(finite) < len(values) else ""
     return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}" '
-        f'fill="{fill}">{escape(text)}</text>'
+        f"{what}{len(values)} steps from {finite[0]:.3g} to {finite[-1]:.3g}, lowest {min(finite):.3g}, "
+        f"highest {max(finite):.3g}{missing}"
     )
+
+
+def _text(x: float, y: float, text: str, align: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{align}">{escape(text)}</text>'
 
 
 def _range(finite: Sequence[float], log: bool) -> tuple[float, float]:
@@ -132,12 +114,29 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
     return [10.0**power for power in range(first, last + 1, stride)]
 
 
-def _runs(values: Values) -> list[list[tuple[int, float]]]:
+def _runs(points: Sequence[tuple[int, float | None]]) -> list[list[tuple[int, float]]]:
     """The stretches without a gap."""
     runs: list[list[tuple[int, float]]] = [[]]
-    for step, value in enumerate(values):
+    for step, value in points:
         if value is None or not math.isfinite(value):
             runs.append([])
         else:
             runs[-1].append((step, value))
     return [run for run in runs if run]
+
+
+def _thinned(values: Values) -> list[tuple[int, float | None]]:
+    """The values with their steps; where there are many, a column's lowest, highest and missing ones."""
+    points = list(enumerate(values))
+    if len(points) <= 2 * COLUMNS:
+        return points
+    width = math.ceil(len(points) / COLUMNS)
+    kept: list[tuple[int, float | None]] = []
+    for start in range(0, len(points), width):
+        column = points[start : start + width]
+        there = [(v, i) for i, v in column if v is not None and math.isfinite(v)]
+        steps = {i for _, i in (min(there), max(there))} if there else set()
+        gap = next((i for i, v in column if v is None or not math.isfinite(v)), None)
+        steps |= set() if gap is None else {gap}
+        kept += [(i, values[i]) for i in sorted(steps)]
+    return kept

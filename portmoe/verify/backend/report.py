@@ -1,6 +1,6 @@
 """Everything found about one backend."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,13 +22,14 @@ class Curve:
 
 @dataclass
 class Report:
-    """Everything ``portmoe validate`` found about one backend."""
+    """Everything ``portmoe validate`` found about one backend; ``provenance`` as ``of_report`` gives it."""
 
     backend: str
     device: str
     versions: dict[str, str]
     checks: list[Result] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def failed(self) -> list[Result]:
@@ -51,6 +52,7 @@ class Report:
             "device": self.device,
             "passed": self.passed,
             "versions": self.versions,
+            "provenance": dict(self.provenance),
             "checks": [{key: getattr(check, key) for key in RECORDED} for check in self.checks],
             "curves": [asdict(curve) for curve in self.curves],
         }

@@ -1,18 +1,20 @@
 """A report as terminal table, JSON, JUnit XML and HTML."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
 from portmoe.errors import ConfigError
 from portmoe.files import json_text, write_whole
 from portmoe.record import page, svg
+from portmoe.record.bars import Bar, bars
 from portmoe.result import Result
 from portmoe.verify.backend.report import PARTS, Report
 
-COLUMNS = ("check", "outcome", "needed", "allowed", "where")
+COLUMNS = ("check", "needed", "allowed", "where")
 MOST_DETAIL = 400  # characters of a detail in the table
+_WORDS = {"pass": "passed", "fail": "failed", "skip": "not supported"}
 
 
 def write(report: Report, directory: Path) -> list[Path]:
@@ -80,11 +82,15 @@ def _badness(check: Result) -> tuple[int, float]:
 
 def summary(report: Report) -> str:
     """One line: how many checks went which way."""
-    count = {status: sum(c.status == status for c in report.checks) for status in ("pass", "fail", "skip")}
+    count = _counts(report.checks)
     return (
         f"{report.backend} ({report.device}): {count['pass']} checks passed, {count['fail']} failed, "
         f"{count['skip']} not supported"
     )
+
+
+def _counts(checks: Sequence[Result]) -> dict[str, int]:
+    return {status: sum(check.status == status for check in checks) for status in _WORDS}
 
 
 def junit(report: Report) -> str:
@@ -116,36 +122,62 @@ def junit(report: Report) -> str:
 
 
 def html(report: Report) -> str:
-    """One page with the tables, the share of every tolerance used, and the training curves."""
-    verdict = "passed" if report.passed else f"{len(report.failed)} checks failed"
-    facts = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    plots = [svg.bars("share of the allowed tolerance that was needed, values", list(_shares(report)))]
-    for curve in report.curves:
-        plots.append(
-            svg.lines(curve.label, [("recorded", curve.reference), (report.backend, curve.measured)])
-        )
-    sections = [
-        page.Section("", [page.paragraph(f"{summary(report)}. {facts}")]),
-        page.Section("Failed", _html_table(report.failed)),
-        page.Section("", plots),
-        *(page.Section(part, _html_table(list(report.of(part)))) for part in PARTS),
+    """One page with the failures, the share of every tolerance used, the training curves and the tables."""
+    curves = [
+        svg.lines(curve.label, [("recorded", curve.reference), (report.backend, curve.measured)])
+        for curve in report.curves
     ]
-    return page.page(f"portmoe validate: {report.backend}", verdict, report.passed, sections)
+    count = _counts(report.checks)
+    passed = f"{count['pass']} of {count['pass'] + count['fail']}"
+    stated = [("backend", report.backend), ("device", report.device), ("checks passed", passed)]
+    stated += [("not supported, not checked", str(count["skip"])), *report.versions.items()]
+    failures = [page.table(COLUMNS, [_html_row(c, to=True) for c in report.failed])]
+    summary = [page.facts(stated), *(failures if report.failed else [])]
+    shares = _shares(report)
+    used = [bars("share of the allowed tolerance, values", shares)] if shares else []
+    sections = [
+        page.Section("Tolerance used", used),
+        page.Section("Training run", [page.plots(curves)] if curves else []),
+        *(_html_part(part, list(report.of(part))) for part in PARTS),
+    ]
+    verdict = f"{report.backend} computes what the contracts say." if report.passed else _failure(report)
+    status = "pass" if report.passed else "fail"
+    return page.page("portmoe validate", status, verdict, summary, sections, report.provenance)
 
 
-def _shares(report: Report) -> Iterator[tuple[str, float, bool]]:
+def _failure(report: Report) -> str:
+    if not report.failed:
+        return "Nothing could be checked."
+    subjects = list(dict.fromkeys(check.subject for check in report.failed))
+    more = f" and {len(subjects) - 1} more" if len(subjects) > 1 else ""
+    return f"{subjects[0]}{more} failed."
+
+
+def _html_part(part: str, checks: list[Result]) -> page.Section:
+    count = _counts(checks)
+    said = ", ".join(f"{n} {_WORDS[status]}" for status, n in count.items() if n)
+    rows = [_html_row(check) for check in sorted(checks, key=_badness, reverse=True)]
+    blocks = [page.table(COLUMNS, rows)] if rows else []
+    return page.Section(part.capitalize(), blocks, folded=True, count=said)
+
+
+def _shares(report: Report) -> dict[str, list[Bar]]:
+    """By operation."""
+    groups: dict[str, list[Bar]] = {}
     for check in report.of("operations"):
         if check.name.startswith("values") and check.needed is not None and check.allowed:
-            share = check.needed / check.allowed
-            yield _label(check), math.inf if math.isnan(share) else share, check.status == "pass"
+            share, label = check.needed / check.allowed, _label(check)
+            bar = Bar(label, share, check.status, page.anchor(label))
+            groups.setdefault(check.subject.partition(".")[0], []).append(bar)
+    return groups
 
 
-def _html_table(checks: list[Result]) -> list[str]:
-    rows = [
-        (c.status, (_label(c), c.status, _number(c.needed), _number(c.allowed), c.detail[:MOST_DETAIL]))
-        for c in checks
-    ]
-    return [page.table(COLUMNS, rows)] if rows else []
+def _html_row(check: Result, to: bool = False) -> page.Row:
+    """``to``: the line only leads to the one in its part's table."""
+    label = _label(check)
+    cells = (label, _number(check.needed), _number(check.allowed), check.detail[:MOST_DETAIL])
+    name = page.anchor(label)
+    return page.Row(check.status, cells, "" if to else name, name if to else "")
 
 
 def _label(check: Result) -> str:

@@ -10,6 +10,7 @@ from portmoe.accelerator.interface import set_unset
 from portmoe.accelerator.probing import describe
 from portmoe.ops import OPERATIONS
 from portmoe.ops.operation import Operation
+from portmoe.record.origin import of_report
 from portmoe.result import Result
 from portmoe.verify.backend.cases import SHAPES
 from portmoe.verify.backend.collectives import check_collectives
@@ -44,6 +45,7 @@ def validate(
     report = Report(
         accelerator.name, accelerator.device.name(), {"torch": importlib.metadata.version("torch")}
     )
+    report.provenance = of_report(accelerator.device.probe().facts, seed)
     report.checks += check_operations(accelerator, device, seed, progress, QUICK if quick else SHAPES)
     progress("memory")
     report.checks += check_memory(accelerator, device)

@@ -9,7 +9,7 @@ Last the whole model runs on the backend by itself. What lies between the operat
 casts, the tables of the rotary embedding.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,6 +25,7 @@ from portmoe.ops import OPERATIONS, OpTable
 from portmoe.ops.operation import Sample
 from portmoe.ops.table import REFERENCE
 from portmoe.parallel.layout import Layout
+from portmoe.record.origin import of_report
 from portmoe.training.engine import mean_loss
 from portmoe.training.loss_scale import LossScale
 from portmoe.training.operations import choose_operations
@@ -93,6 +94,7 @@ class Bisection:
         calls: every call in the order of the forward pass, the update last.
         replacements: what would compute an operation if its implementation were switched off.
         whole: the whole model by itself.
+        provenance: as ``of_report`` gives it.
     """
 
     config: Config
@@ -104,6 +106,7 @@ class Bisection:
     replacements: dict[str, str | None]
     whole: Whole
     notes: list[str] = field(default_factory=list)
+    provenance: Mapping[str, object] = field(default_factory=dict)
 
     def defects(self) -> Iterator[Defect]:
         """Yield every defect in the order of the walk."""
@@ -168,6 +171,7 @@ def bisect(config: Config, reference: str, backend: str, progress: Callable[[str
         replacements=_replacements(table),
         whole=whole,
         notes=notes,
+        provenance=of_report(suspect.device.probe().facts, config.run.seed),
     )
 
 

@@ -7,9 +7,12 @@ from typing import Any
 from portmoe.files import json_text, strict
 from portmoe.ops.table import REFERENCE
 from portmoe.record import page
+from portmoe.record.bars import Bar, bars
+from portmoe.result import Status
 from portmoe.verify.bisect.answers import Deviation
-from portmoe.verify.bisect.bisect import Bisection, Defect, Phase
+from portmoe.verify.bisect.bisect import Bisection, Defect, Judged, Phase
 
+COLUMNS = ("operation", "phase", "tensor", "error")
 PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
 
 
@@ -39,6 +42,7 @@ def as_dict(found: Bisection) -> dict[str, Any]:
         "backend": found.backend,
         "device": found.device,
         "passed": found.passed,
+        "provenance": dict(found.provenance),
         "seed": found.config.run.seed,
         "dtype": found.config.model.dtype,
         "tokens": found.tokens,
@@ -67,24 +71,55 @@ def json(found: Bisection) -> str:
 def html(found: Bisection) -> str:
     """Return the page: what was walked, the defects in the order of the walk, every call's worst result."""
     defects = list(found.defects())
-    rows = [
-        ("fail", (d.phase, d.judged.place, d.judged.subject, d.deviation.tensor, _figures(d.deviation)))
+    places = {id(judged): place for place, judged in enumerate(found.calls)}
+    wrong = [
+        page.Row("fail", _cells(d.phase, d.judged, d.deviation), target=_name(d.phase, places[id(d.judged)]))
         for d in defects
     ]
-    calls = []
-    for judged in found.calls:
+    calls: list[page.Row] = []
+    shares: dict[str, list[Bar]] = {}
+    for place, judged in enumerate(found.calls):
         for phase in PHASES:
             worst = judged.worst(phase)
             if worst is not None:
-                state = "fail" if worst.defect else "pass"
-                calls.append((state, (phase, judged.place, judged.subject, worst.tensor, _figures(worst))))
-    columns = ("phase", "place", "operation", "tensor", "error")
+                state: Status = "fail" if worst.defect else "pass"
+                name = _name(phase, place)
+                calls.append(page.Row(state, _cells(phase, judged, worst), name))
+                bar = Bar(f"{judged.place}: {judged.subject}, {phase}", worst.badness, state, name)
+                shares.setdefault(judged.operation, []).append(bar)
     sections = [
-        page.Section("", [page.paragraph(line) for line in text(found).splitlines() if line]),
-        page.Section("Wrong", [page.table(columns, rows)] if rows else []),
-        page.Section("Every call", [page.table(columns, calls)] if calls else []),
+        page.Section("Wrong", [page.table(COLUMNS, wrong)] if wrong else []),
+        page.Section("Error", [bars("share of what rounding explains", shares)] if shares else []),
+        page.Section("Every call", [page.table(COLUMNS, calls)] if calls else [], True, str(len(calls))),
     ]
-    return page.page(f"portmoe bisect: {found.backend}", verdict(found), found.passed, sections)
+    model = found.config.architecture
+    walked = f"{len(model.layers)} layers, hidden {model.hidden}, {found.config.model.dtype}"
+    stated = [
+        ("reference", f"{found.reference}, plain references"),
+        ("backend", f"{found.backend} ({found.device})"),
+        ("step", f"{walked}, {found.tokens} tokens, seed {found.config.run.seed}"),
+        *(tuple(_phase(found, phase).split(maxsplit=1)) for phase in PHASES),
+        ("whole model", _whole(found).split(maxsplit=1)[1]),
+    ]
+    notes = [page.paragraph(note) for note in (*found.notes, *found.whole.notes)]
+    repair = [page.code("\n".join(_verdict(found)[1:]))] if defects else []
+    said = verdict(found)
+    return page.page(
+        "portmoe bisect",
+        "pass" if found.passed else "fail",
+        f"{said[:1].upper()}{said[1:]}.",
+        [*repair, page.facts(stated), *notes],
+        sections,
+        found.provenance,
+    )
+
+
+def _cells(phase: Phase, judged: Judged, deviation: Deviation) -> tuple[str, ...]:
+    return f"{judged.place}: {judged.subject}", phase, deviation.tensor, _figures(deviation)
+
+
+def _name(phase: Phase, place: int) -> str:
+    return f"{phase}-{place}"
 
 
 def _figures(deviation: Deviation) -> str:

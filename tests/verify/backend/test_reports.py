@@ -78,7 +78,8 @@ def test_files(report, tmp_path):
     assert counted["operations"] == ("3", "1", "1")
     assert counted["training"] == ("1", "1", "0")
     page = paths[2].read_text()
-    assert page.count("<svg") == 2
+    assert page.count('<svg class="plot"') == 1
+    assert page.count('class="track"') == 1
     assert "two calls &lt;differ&gt;" in page
     assert not any(forbidden in page for forbidden in ("<script", "http://", "https://", "src="))
 

@@ -278,13 +278,13 @@ def test_the_command_ends_with_4_where_there_is_a_defect(suspect, tmp_path, caps
     with pytest.raises(SystemExit) as ended:
         portmoe(small("--out", str(page)))
     assert ended.value.code == 4
-    wrong_ones, every_call = page.read_text().partition("<h2>Every call</h2>")[::2]
-    assert "<h2>Wrong</h2>" in wrong_ones
-    assert (
-        wrong_ones.count('<tr class="fail"><td class="text">backward') == 5
-    )  # two in each layer, and the last
-    assert 'class="pass"' not in wrong_ones
-    assert '<tr class="pass"><td class="text">forward' in every_call
+    before, _, rest = page.read_text().partition("<h2>Wrong</h2>")
+    wrong_ones, _, every_call = rest.partition("<h2>Every call</h2>")
+    assert "First wrong: norm: rms_norm.wrong, backward." in before
+    assert wrong_ones.count("<tr class=fail>") == 5  # two in each layer, and the last
+    assert wrong_ones.count("</a></td><td>backward</td>") == 5
+    assert "<tr class=pass>" not in wrong_ones
+    assert '<tr class=pass id="forward-0">' in every_call
     assert "first wrong: norm: rms_norm.wrong, backward" in capsys.readouterr().out
 
 
