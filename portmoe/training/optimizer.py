@@ -57,7 +57,10 @@ class Optimizer:
         all ranks is then right for every mixture of sharding and replication. One collective for all.
         """
         gradients = [local_tensor(p.grad) for p in self.parameters.values()]
-        norms_P = torch.stack(torch._foreach_norm(gradients)).cpu().double()
+        # First by row: one float32 sum over a whole matrix may add its numbers in turn, as a host does, and
+        # beside the large ones of frequent tokens' rows small ones are lost (2.4e-5 of a head's norm).
+        rows = [torch.linalg.vector_norm(gradient, dim=-1) for gradient in gradients]
+        norms_P = torch.stack(torch._foreach_norm(rows)).cpu().double()
         squares = torch.zeros(len(self.groups) * self._places, dtype=torch.float64)
         squares.index_add_(0, self._place_P, norms_P.square() / self._replicas_P)
         dist.all_reduce(squares, group=self._world)

@@ -52,3 +52,18 @@ def test_norms_are_those_of_the_parameters_in_each_place(world):
         assert norms[group] == pytest.approx([math.sqrt(s) for s in squares], rel=1e-5)
     assert norms["experts"][0] == norms["experts"][4] == 0
     assert min(norms["experts"][1:4]) > 0
+
+
+def test_small_numbers_after_large_ones_count(world):
+    """As in a head's gradient, whose first rows are the frequent tokens'."""
+    config = load_config("tiny_moe4", ("model.num_layers=3",))
+    model = Decoder(config)
+    groups = parameter_groups(model)
+    optimizer = Optimizer(groups, adamw=None, config=config.adam, world=world, layers=3, holders=1)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    gradient = torch.randn(1024, 128, generator=torch.Generator().manual_seed(0)) * 1e-3
+    gradient[:8] *= 300
+    model.head.weight.grad = gradient
+    found = optimizer.gradient_norms(loss_scale=1.0)["default"][-1]
+    assert found == pytest.approx(gradient.double().norm().item(), rel=2e-7)
