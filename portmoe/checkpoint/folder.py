@@ -6,6 +6,7 @@ Without torch, so that looking for a run to continue is quick.
 import os
 import re
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 
 from portmoe.files import sync
@@ -33,9 +34,13 @@ def complete_steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in names)
 
 
-def beyond(folder: Path, newest: int, keep: int) -> list[Path]:
-    """The complete checkpoints up to step ``newest`` that are not among its ``keep`` newest."""
-    steps = [step for step in complete_steps(folder) if step <= newest]
+def beyond(folder: Path, newest: int, keep: int, always: Collection[int] = ()) -> list[Path]:
+    """The complete checkpoints up to step ``newest`` that are not among its ``keep`` newest.
+
+    Args:
+        always: steps whose checkpoints stay and do not count.
+    """
+    steps = [step for step in complete_steps(folder) if step <= newest and step not in always]
     return [folder_of(folder, step) for step in steps[:-keep]]
 
 

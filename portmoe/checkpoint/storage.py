@@ -17,13 +17,12 @@ from torch.futures import Future
 from portmoe.checkpoint.folder import (
     METADATA_FILE,
     STATE_FILE,
-    beyond,
     crc32,
     folder_of,
     partial_of,
     sync_folder,
 )
-from portmoe.checkpoint.upkeep import clear, remove, vacant
+from portmoe.checkpoint.upkeep import clear, vacant
 from portmoe.errors import TrainingError
 from portmoe.files import json_text, write_whole
 
@@ -63,10 +62,11 @@ class Writer(dcp.FileSystemWriter):
     """
 
     def __init__(
-        self, folder: Path, step: int, state: dict[str, Any], keep: int, told: Callable[[str], None]
+        self, folder: Path, step: int, state: dict[str, Any], whole: Callable[[Path | None], None]
     ) -> None:
+        """``whole`` is called on rank 0 when the checkpoint is, with the folder of any it replaced."""
         super().__init__(partial_of(folder, step))
-        self._folder, self._step, self._state, self._keep, self._told = folder, step, state, keep, told
+        self._folder, self._step, self._state, self._whole = folder, step, state, whole
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         partial = Path(self.path)
@@ -97,8 +97,7 @@ class Writer(dcp.FileSystemWriter):
             os.replace(final, replaced)
         os.replace(partial, final)
         sync_folder(self._folder)
-        remove([replaced] if replaced else [], self._told)
-        remove(beyond(self._folder, self._step, self._keep), self._told)
+        self._whole(replaced)
 
 
 class Reader(dcp.FileSystemReader):

@@ -12,8 +12,9 @@ other, and it writes a replicated tensor once.
 import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,23 @@ class Checkpointer:
         asynchronous: copy the tensors, then write in the background while training goes on. The
             copy stays allocated for the next save: host memory of this rank's share of the tensors.
         group: a gloo group of all ranks that nothing else uses: the background write communicates.
+        always: steps whose checkpoints stay whatever ``keep`` is.
+        whole: called on rank 0 with the folder of each checkpoint that was written, from any thread.
     """
 
-    def __init__(self, folder: Path, keep: int, asynchronous: bool, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        asynchronous: bool,
+        group: dist.ProcessGroup,
+        always: Collection[int] = (),
+        whole: Callable[[Path], None] = lambda checkpoint: None,
+    ) -> None:
         self.folder = folder
         self.keep = keep
+        self._always = frozenset(always)
+        self._whole = whole
         self.asynchronous = asynchronous
         self._group = group
         self._stager = DefaultStager(StagingOptions(False, False, False, False))
@@ -73,8 +86,7 @@ class Checkpointer:
             raise TypeError(f"a checkpoint holds tensors only; put these into the state: {strangers}")
         detached = {name: value.detach() for name, value in tensors.items()}
         # A copy: the caller's objects change while a background write waits for its turn.
-        kept = max(self.keep, 2)
-        writer = Writer(self.folder, step, json.loads(json.dumps(state)), kept, self._problems.append)
+        writer = Writer(self.folder, step, json.loads(json.dumps(state)), partial(self._became_whole, step))
         self._unconfirmed = step
         try:
             if self.asynchronous:
@@ -105,7 +117,7 @@ class Checkpointer:
             return
         self._unconfirmed = None
         if self.keep == 1 and dist.get_rank(self._group) == 0:
-            remove(beyond(self.folder, step, self.keep), self._problems.append)
+            remove(beyond(self.folder, step, self.keep, self._always), self._problems.append)
 
     def problems(self) -> list[str]:
         """What went wrong since the last call without harm to any checkpoint: known on rank 0."""
@@ -154,6 +166,11 @@ class Checkpointer:
         if failure is not None:
             raise TrainingError(f"no checkpoint in {self.folder} can be read; the last failure: {failure}")
         return None
+
+    def _became_whole(self, step: int, replaced: Path | None) -> None:
+        self._whole(folder_of(self.folder, step))
+        older = beyond(self.folder, step, max(self.keep, 2), self._always)
+        remove([replaced, *older] if replaced else older, self._problems.append)
 
     def _tidied_latest(self) -> int | None:
         tidy(self.folder, self._problems.append)

@@ -92,9 +92,14 @@ def _of_the_rest(config: "Tree") -> Iterator[Rule]:
         ("data.min_length",),
     )
     yield (
-        not ckpt.enable_save_ckpt,
+        not ckpt.saves,
         "ckpt.enable_save_ckpt is false: nothing is saved",
         ("ckpt.checkpoint_every", "ckpt.keep", "ckpt.async_upload"),
+    )
+    yield (
+        ckpt.saves and not ckpt.enable_save_ckpt,
+        "ckpt.enable_save_ckpt is false: the steps of ckpt.keep_steps are saved, and kept",
+        ("ckpt.checkpoint_every", "ckpt.keep"),
     )
     yield (
         config.beta2_scheduler.init_beta2 is not None,

@@ -1,5 +1,6 @@
 """One micro-batch as the model takes it."""
 
+import zlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,13 +21,22 @@ class Batch:
     types_T: torch.Tensor  # indices into ``data.DATA_TYPES``
     segments: Segments
     index: int  # number of the micro-batch, counted over all ranks since the run's start
+    crc32: int = 0  # of tokens, labels and the segments' ends
 
     @classmethod
     def from_pack(cls, pack: Pack, index: int) -> "Batch":
         """Return the micro-batch that ``pack`` is, on the CPU."""
         labels_T = np.where(pack.labelled_T, pack.labels_T, IGNORED)
         arrays = (pack.tokens_T, labels_T, pack.positions_T, pack.types_T)
-        return cls(*map(torch.from_numpy, arrays), segments=Segments(offsets=pack.offsets), index=index)
+        crc32 = 0
+        for array in (pack.tokens_T, labels_T, np.asarray(pack.offsets, dtype=np.int64)):
+            crc32 = zlib.crc32(np.ascontiguousarray(array), crc32)
+        return cls(
+            *map(torch.from_numpy, arrays),
+            segments=Segments(offsets=pack.offsets),
+            index=index,
+            crc32=crc32,
+        )
 
     def unlabelled(self) -> "Batch":
         """Return the batch without a label: it counts in no loss and no metric."""

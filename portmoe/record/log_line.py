@@ -7,7 +7,7 @@ trainer measured around them; ``step_record`` makes the ordered record of it tha
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from portmoe.data import DATA_TYPES
@@ -26,7 +26,7 @@ class StepTotals:
     expert over all layers, before and after drops.
     ``segments`` is the first data-parallel rank's number, as the benchmark logs it; ``largest_length`` is
     the longest segment in tokens, ``largest_batch`` and ``smallest_batch`` the most and fewest segments of a
-    micro-batch.
+    micro-batch. ``data_crc32`` is the sum of the micro-batches' checksums.
     """
 
     loss: float
@@ -41,6 +41,7 @@ class StepTotals:
     largest_batch: int
     smallest_batch: int
     stop_signal: int
+    data_crc32: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class StepResult:
         consumed_tokens: of the run so far, this step included, with and without a label.
         step_seconds: the whole step; forward_backward_seconds and backward_seconds are parts of it.
         peak_memory: bytes.
+        parameter_grad_norms, weight_changes: by parameter; of a step that begins where a checkpoint was
+            saved, so that it can be computed again from there, else empty.
     """
 
     totals: StepTotals
@@ -76,6 +79,8 @@ class StepResult:
     forward_backward_seconds: float
     backward_seconds: float
     peak_memory: int
+    parameter_grad_norms: Mapping[str, float] = field(default_factory=dict)
+    weight_changes: Mapping[str, float] = field(default_factory=dict)
 
 
 def step_record(result: StepResult, speed: Speed) -> dict[str, Any]:
@@ -90,8 +95,9 @@ def step_record(result: StepResult, speed: Speed) -> dict[str, Any]:
     ``dropped_token_rate`` is the share of assignments that no expert computed, ``expert_load`` each
     expert's share of the assignments before drops; both are over all layers, and None and [] for a
     dense model. ``grad_norm_layers`` has, by parameter group, the norm of the embedding's gradient, of every
-    layer's, and of the final norm's with the head's. Unrounded; times in seconds, ``peak_memory`` in bytes.
-    No name depends on the layout.
+    layer's, and of the final norm's with the head's. ``data_crc32`` tells the global batch, in hexadecimal.
+    ``grad_norm_parameters`` and ``weight_change`` are there for the steps that begin at a checkpoint.
+    Unrounded; times in seconds, ``peak_memory`` in bytes. No name depends on the layout.
     """
     totals = result.totals
     labels, loss_sum = sum(totals.tokens), sum(totals.loss_sums)
@@ -136,6 +142,9 @@ def step_record(result: StepResult, speed: Speed) -> dict[str, Any]:
         "grad_norm_layers": {group: places(norms) for group, norms in result.layer_grad_norms.items()},
         "step_time": result.step_seconds,
         "peak_memory": result.peak_memory,
+        "data_crc32": f"{totals.data_crc32:08x}",
+        "grad_norm_parameters": dict(result.parameter_grad_norms),
+        "weight_change": dict(result.weight_changes),
     }
 
 
@@ -178,7 +187,8 @@ def _mean(value: float, count: int, empty: float) -> float:
 
 # Keys that are compared between runs keep every digit.
 _EXACT = {"loss", "moe_loss", "lr", "loss_scale", "adam_beta2", "grad_norm"}
-_TOO_LONG = {"grad_norm_layers"}
+OF_REPLAY = ("data_crc32", "grad_norm_parameters", "weight_change")  # no curves
+_TOO_LONG = {"grad_norm_layers", *OF_REPLAY}
 
 
 def _value_text(key: str, value: Any) -> str:

@@ -173,7 +173,7 @@ def _enter(path: Path, lock: Lock, config: Config, data: Data) -> RunDirectory:
         )
     run = RunDirectory(path, checkpoints, saved, _former_config(path) if saved else None, lock)
     run.write(CONFIG, dump_config(config))
-    if config.ckpt.enable_save_ckpt and checkpoints.parent != path:  # say whose they are there too
+    if config.ckpt.saves and checkpoints.parent != path:  # say whose they are there too
         checkpoints.mkdir(parents=True, exist_ok=True)
         _write(checkpoints / CONFIG, dump_config(config))
     run.write_json(STATUS, {"state": "running"})

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from portmoe.errors import TrainingError
 from portmoe.record.console import Console
 from portmoe.record.flat import as_now, flat
-from portmoe.record.log_line import to_json, to_text
+from portmoe.record.log_line import OF_REPLAY, to_json, to_text
 
 METRICS = "metrics.jsonl"
 LOG = "train.log"
@@ -258,7 +258,8 @@ def _event_file_name(directory: Path) -> str:
 
 
 def _scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Every finite number of a record, by its column."""
-    for key, value in flat(record).items():
-        if value is not None and key != "step" and math.isfinite(value):
+    """Every finite number of a record that is there in every step, by its column."""
+    shown = {key: value for key, value in record.items() if key not in ("step", *OF_REPLAY)}
+    for key, value in flat(shown).items():
+        if value is not None and math.isfinite(value):
             yield key, float(value)

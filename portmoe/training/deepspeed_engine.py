@@ -25,7 +25,7 @@ from portmoe.model.decoder import Decoder
 from portmoe.ops.table import OpTable
 from portmoe.parallel.layout import Layout
 from portmoe.training.engine import Engine
-from portmoe.training.optimizer import Optimizer
+from portmoe.training.optimizer import Optimizer, Update
 
 if TYPE_CHECKING:
     from portmoe.parallel.pipeline import Consume
@@ -105,21 +105,21 @@ class DeepSpeedEngine(Engine):
             self._zero.backward(result, scale_wrt_gas=False)
             self._backward_clock.stop()
 
-    def _update(self, lr: float, beta2: float, loss_scale: float) -> dict[str, list[float]]:
+    def _update(self, lr: float, beta2: float, loss_scale: float, measure: bool) -> Update:
         limit = self._config.hybrid_zero_optimizer.clip_grad_norm
         self._settings_of_step = {"lr": lr, "beta2": beta2, "loss_scale": loss_scale, "limit": limit}
-        places = len(self._config.architecture.layers) + 2
+        self._settings_of_step["measure"] = measure
         # Stays where stage 3, which looks itself, finds a gradient that is not finite and skips the step.
-        self._norms = {group: [float("nan")] * places for group in self.optimizer.groups}
+        self._made = Update(dict.fromkeys(self._shapes, float("nan")), {})
         self._zero.step()
-        return self._norms
+        return self._made
 
     def _apply(self, shard: torch.Tensor) -> None:
         """What DeepSpeed calls once in a step, with the reduced gradients in ``shard.grad``."""
         for piece in self.optimizer.parameters.values():
             begin = piece.storage_offset() - shard.storage_offset()
             piece.grad = shard.grad[begin : begin + piece.numel()]
-        self._norms = self.optimizer.clipped_step(**self._settings_of_step)
+        self._made = self.optimizer.clipped_step(**self._settings_of_step)
         self.optimizer.clear_gradients()
 
     def _evaluate(self, batches: Sequence[Batch], measure: "Consume") -> None:

@@ -27,7 +27,7 @@ from portmoe.profiling.spans import OPTIMIZER, span
 from portmoe.profiling.stopwatch import Stopwatch
 from portmoe.training.loss_scale import LossScale
 from portmoe.training.metrics import StepMetrics
-from portmoe.training.optimizer import Optimizer, of_groups
+from portmoe.training.optimizer import Optimizer, Update, of_groups
 from portmoe.training.schedule import beta2, learning_rate
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class StepOutcome:
     metrics: StepMetrics
     gradient_norms: dict[str, float]  # group → L2 norm, unscaled, before clipping
     layer_gradient_norms: dict[str, list[float]]  # the same by place in the model, see ``optimizer.place``
+    update: Update  # by parameter
     learning_rate: float
     beta2: float
     loss_scale: float  # as used in this step
@@ -71,8 +72,12 @@ class Engine(ABC):
         self._backward_clock = Stopwatch(device)
         self._step_clock = Stopwatch(device)
 
-    def train_step(self, step: int, batches: Sequence[Batch]) -> StepOutcome:
-        """Make one update from this rank's micro-batches; skip it where any rank's gradient is not finite."""
+    def train_step(self, step: int, batches: Sequence[Batch], measure: bool = False) -> StepOutcome:
+        """Make one update from this rank's micro-batches; skip it where any rank's gradient is not finite.
+
+        Args:
+            measure: tell how far each parameter moved.
+        """
         scale = self.loss_scale.scale
         batches = [batch.to(self._device, non_blocking=True) for batch in batches]
         metrics = StepMetrics(self._experts, batches)
@@ -90,7 +95,8 @@ class Engine(ABC):
         self._step_clock.stop()
         lr, second_beta = learning_rate(self._config, step), beta2(self._config, step)
         with span(OPTIMIZER):
-            layer_norms = self._update(lr, second_beta, scale)
+            update = self._update(lr, second_beta, scale, measure)
+        layer_norms = self.optimizer.by_place(update.gradients)
         norms = of_groups(layer_norms)
         finite = all(map(math.isfinite, norms.values()))
         self.loss_scale.update(finite)
@@ -98,6 +104,7 @@ class Engine(ABC):
             metrics=metrics,
             gradient_norms=norms,
             layer_gradient_norms=layer_norms,
+            update=update,
             learning_rate=lr,
             beta2=second_beta,
             loss_scale=scale,
@@ -129,9 +136,8 @@ class Engine(ABC):
         """Run every micro-batch forward, its ``objective`` backward, and reduce the gradients' sum."""
 
     @abstractmethod
-    def _update(self, lr: float, beta2: float, loss_scale: float) -> dict[str, list[float]]:
-        """Clip, update where all gradients are finite, and forget them; returns their norms as
-        ``Optimizer.gradient_norms`` does."""
+    def _update(self, lr: float, beta2: float, loss_scale: float, measure: bool) -> Update:
+        """Clip, update where all gradients are finite, and forget them."""
 
     @abstractmethod
     def _evaluate(self, batches: Sequence[Batch], measure: "Consume") -> None:
@@ -205,11 +211,13 @@ class NativeEngine(Engine):
             result.backward()
             self._backward_clock.stop()
 
-    def _update(self, lr: float, beta2: float, loss_scale: float) -> dict[str, list[float]]:
+    def _update(self, lr: float, beta2: float, loss_scale: float, measure: bool) -> Update:
         limit = self._config.hybrid_zero_optimizer.clip_grad_norm
-        norms = self.optimizer.clipped_step(lr=lr, beta2=beta2, loss_scale=loss_scale, limit=limit)
+        update = self.optimizer.clipped_step(
+            lr=lr, beta2=beta2, loss_scale=loss_scale, limit=limit, measure=measure
+        )
         self.optimizer.clear_gradients()
-        return norms
+        return update
 
     def _evaluate(self, batches: Sequence[Batch], measure: "Consume") -> None:
         if self._pipeline is None:

@@ -12,6 +12,8 @@ from portmoe.ops.cross_entropy import IGNORED
 from portmoe.parallel.layout import Layout
 from portmoe.record.log_line import StepTotals
 
+CRC32S = 2**32  # so many there are
+
 
 class StepMetrics:
     """Collects the micro-batches of one step on one rank.
@@ -26,6 +28,7 @@ class StepMetrics:
         self._sums: list[torch.Tensor] = []
         self._segments = [batch.num_segments for batch in batches]
         self._longest = max(batch.longest_segment for batch in batches)
+        self._crc32 = sum(batch.crc32 for batch in batches) % CRC32S
 
     def add(self, batch: Batch, output: DecoderOutput | StageOutput, loss: torch.Tensor | None) -> None:
         """Record one micro-batch. Launches device work and does not wait for it.
@@ -57,16 +60,20 @@ class StepMetrics:
         """
         sums = torch.stack(self._sums).cpu().double().sum(0)
         marks = [sum(self._segments), self._longest, max(self._segments), min(self._segments), stop_signal]
+        marks.append(self._crc32)
         mine = torch.cat((sums, torch.tensor(marks, dtype=torch.float64)))
         ranks = [torch.empty_like(mine) for _ in range(group.size())]
         dist.all_gather(ranks, mine, group=group)
         everyone = torch.stack(ranks)
         micro_batches = self._micro_num * layout.data
+        alike = layout.world // layout.data  # ranks that have the same micro-batches
         # The tensor ranks, which are neighbours, measured the same.
         sums = everyone[:: layout.tensor, : len(sums)].sum(0)
-        return self._totals(sums, everyone[:, len(mine) - len(marks) :], micro_batches)
+        return self._totals(sums, everyone[:, len(mine) - len(marks) :], micro_batches, alike)
 
-    def _totals(self, sums: torch.Tensor, marks_RM: torch.Tensor, micro_batches: int) -> StepTotals:
+    def _totals(
+        self, sums: torch.Tensor, marks_RM: torch.Tensor, micro_batches: int, alike: int
+    ) -> StepTotals:
         types, experts = len(DATA_TYPES), self._experts
         scalars, tokens, correct, losses, assigned, kept = sums.split(
             (2, types, types, types, experts, experts)
@@ -87,4 +94,5 @@ class StepMetrics:
             largest_batch=int(marks_RM[:, 2].max()),
             smallest_batch=int(marks_RM[:, 3].min()),
             stop_signal=int(marks_RM[:, 4].max()),
+            data_crc32=int(marks_RM[:, 5].sum()) // alike % CRC32S,
         )

@@ -1,7 +1,8 @@
 """AdamW over the benchmark's parameter groups, with a gradient norm each and one clipping for all."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,20 @@ from torch.distributed.tensor import DTensor
 from portmoe.config.sections.optimization import AdamConfig
 from portmoe.model.precision import local_tensor
 from portmoe.parallel.zero import cut_further, gather_updates
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update did to the whole model, the same on every rank.
+
+    Attributes:
+        gradients: parameter → L2 norm of its gradient, unscaled and before clipping.
+        changes: parameter → L2 norm of how far it moved; empty where that was not asked for or the step was
+            skipped.
+    """
+
+    gradients: dict[str, float]
+    changes: dict[str, float]
 
 
 class Optimizer:
@@ -45,41 +60,61 @@ class Optimizer:
         self._adamw = adamw
         self._config = config
         self._world = world
-        self._places = layers + 2
-        places = [i * self._places + place(name, layers) for i, g in enumerate(groups.values()) for name in g]
-        self._place_P = torch.tensor(places)
+        self._layers = layers
         self._replicas_P = torch.tensor([holders // _parts(p) for p in self.parameters.values()])
+        self.members = _of_all_ranks({group: list(members) for group, members in groups.items()}, world)
+        names = [name for members in self.members.values() for name in members]
+        number = {name: i for i, name in enumerate(names)}
+        self._number_P = torch.tensor([number[name] for name in self.parameters])
+        self._names = names
 
-    def gradient_norms(self, loss_scale: float) -> dict[str, list[float]]:
-        """L2 norm of the whole gradient by group and ``place``, the same on every rank.
+    def gradient_norms(self, loss_scale: float) -> dict[str, float]:
+        """L2 norm of every parameter's whole gradient, the same on every rank."""
+        norms = self._norms([local_tensor(p.grad) for p in self.parameters.values()])
+        return {name: norm / loss_scale for name, norm in norms.items()}
+
+    def by_place(self, norms: Mapping[str, float]) -> dict[str, list[float]]:
+        """Group → norm by ``place``, from norms by parameter."""
+        squares = {group: [0.0] * (self._layers + 2) for group in self.members}
+        for group, members in self.members.items():
+            for name in members:
+                squares[group][place(name, self._layers)] += norms[name] ** 2
+        return {group: list(map(math.sqrt, by_place)) for group, by_place in squares.items()}
+
+    def clipped_step(
+        self, *, lr: float, beta2: float, loss_scale: float, limit: float, measure: bool = False
+    ) -> Update:
+        """Make one update with the total norm clipped to ``limit``, and none where a gradient is not finite.
+
+        Args:
+            measure: tell how far each parameter moved. Takes a copy of this rank's parameters on the host.
+        """
+        norms = self.gradient_norms(loss_scale)
+        total = math.sqrt(sum(norm * norm for norm in norms.values()))
+        if not math.isfinite(total):
+            return Update(norms, {})
+        held = [local_tensor(p.detach()) for p in self.parameters.values()]
+        former = [tensor.to("cpu", copy=True) for tensor in held] if measure else []
+        self.step(lr=lr, beta2=beta2, gradient_scale=clip_scale(total, limit) / loss_scale)
+        if not measure:
+            return Update(norms, {})
+        moved = (now - then.to(now.device) for now, then in zip(held, former, strict=True))
+        return Update(norms, self._norms(moved))
+
+    def _norms(self, parts: Iterable[torch.Tensor]) -> dict[str, float]:
+        """L2 norms of tensors of which each rank has the part that it holds of each parameter. Collective.
 
         Each rank adds the squares it holds, divided by how many ranks hold the same part; the sum over
         all ranks is then right for every mixture of sharding and replication. One collective for all.
         """
-        gradients = [local_tensor(p.grad) for p in self.parameters.values()]
         # First by row: one float32 sum over a whole matrix may add its numbers in turn, as a host does, and
         # beside the large ones of frequent tokens' rows small ones are lost (2.4e-5 of a head's norm).
-        rows = [torch.linalg.vector_norm(gradient, dim=-1) for gradient in gradients]
+        rows = [torch.linalg.vector_norm(part, dim=-1) for part in parts]
         norms_P = torch.stack(torch._foreach_norm(rows)).cpu().double()
-        squares = torch.zeros(len(self.groups) * self._places, dtype=torch.float64)
-        squares.index_add_(0, self._place_P, norms_P.square() / self._replicas_P)
+        squares = torch.zeros(len(self._names), dtype=torch.float64)
+        squares[self._number_P] = norms_P.square() / self._replicas_P
         dist.all_reduce(squares, group=self._world)
-        by_group = (squares.sqrt() / loss_scale).view(len(self.groups), self._places)
-        return dict(zip(self.groups, by_group.tolist(), strict=True))
-
-    def clipped_step(
-        self, *, lr: float, beta2: float, loss_scale: float, limit: float
-    ) -> dict[str, list[float]]:
-        """Make one update with the total norm clipped to ``limit``, and none where a gradient is not finite.
-
-        Returns:
-            The norms before clipping, as ``gradient_norms``.
-        """
-        norms = self.gradient_norms(loss_scale)
-        by_group = of_groups(norms)
-        if all(map(math.isfinite, by_group.values())):
-            self.step(lr=lr, beta2=beta2, gradient_scale=clip_scale(by_group, limit) / loss_scale)
-        return norms
+        return dict(zip(self._names, squares.sqrt().tolist(), strict=True))
 
     def step(self, *, lr: float, beta2: float, gradient_scale: float) -> None:
         """Make one update with gradients multiplied by ``gradient_scale`` (unscaling and clipping in one)."""
@@ -135,10 +170,20 @@ def of_groups(layer_norms: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {group: math.hypot(*by_place) for group, by_place in layer_norms.items()}
 
 
-def clip_scale(norms: Mapping[str, float], limit: float) -> float:
-    """Factor that brings the total norm over all groups down to ``limit``; 1.0 if below, or if limit is 0."""
-    total = math.sqrt(sum(norm * norm for norm in norms.values()))
+def clip_scale(total: float, limit: float) -> float:
+    """Factor that brings a total norm down to ``limit``; 1.0 if below, or if limit is 0."""
     return limit / (total + 1e-6) if 0.0 < limit < total + 1e-6 else 1.0
+
+
+def _of_all_ranks(groups: dict[str, list[str]], world: dist.ProcessGroup) -> dict[str, list[str]]:
+    """The parameters of every group, whichever stage of a pipeline holds them. Collective."""
+    ranks: list[dict[str, list[str]]] = [{}] * world.size()
+    dist.all_gather_object(ranks, groups, group=world)
+
+    def members(group: str) -> Iterable[str]:
+        return dict.fromkeys(name for held in ranks for name in held[group])
+
+    return {group: list(members(group)) for group in groups}
 
 
 def _parts(parameter: torch.Tensor) -> int:

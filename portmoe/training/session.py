@@ -141,7 +141,8 @@ def _opened(
     world, writing = accelerator.collectives.host_group(), accelerator.collectives.host_group()
     meshes = build_meshes(layout, device.type)
     engine = build_engine(config, layout, ops, meshes, device, world, accelerator.memory.pool)
-    checkpointer = Checkpointer(run.checkpoints, config.ckpt.keep, config.ckpt.async_upload, writing)
+    ckpt = config.ckpt
+    checkpointer = Checkpointer(run.checkpoints, ckpt.keep, ckpt.async_upload, writing, ckpt.keep_steps)
     stack.callback(checkpointer.close)
     progress = starting_point(run, config, data, layout, engine, checkpointer, writing, notes.append)
     if config.run.twin and not (run.resuming and progress.step):

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from signal import Signals
 from typing import Any
 
@@ -47,9 +47,10 @@ class Trainer:
         self._accelerator = session.machine.accelerator
         self._layout = session.machine.layout
         self._profile = profile
-        self._checkpointer = session.checkpointer if self._config.ckpt.enable_save_ckpt else None
+        self._checkpointer = session.checkpointer if self._config.ckpt.saves else None
         self._passed_over = parse_step_ranges(self._config.data.skip_batches)
-        self._saved_at = self.progress.step if self.progress.step else None
+        # A run that goes on does so from a checkpoint of its own.
+        self._saved_at = self.progress.step if session.run.resuming else None
         self._divergence = Divergence(self._config)
         self._validated_to = self.progress.step  # the validations due before this step are made
 
@@ -58,15 +59,18 @@ class Trainer:
 
         The last thing done is a checkpoint, where checkpoints are enabled and the state is worth one.
         """
-        total, stop = self._config.data.total_steps, 0
+        ckpt, total, stop = self._config.ckpt, self._config.data.total_steps, 0
+        if not self.progress.step and 0 in ckpt.keep_steps:
+            self._save()
         while self.progress.step < total and not stop and not self._divergence.reached:
             if any(self.progress.step in passed for passed in self._passed_over):
                 self.progress.step += 1
             else:
                 stop = self._trained_step(throughput)
-            if self.progress.step % self._config.ckpt.checkpoint_every == 0:
+            step = self.progress.step
+            if step in ckpt.keep_steps or (ckpt.enable_save_ckpt and step % ckpt.checkpoint_every == 0):
                 self._save()
-        if self._divergence.sound:
+        if ckpt.enable_save_ckpt and self._divergence.sound:
             self._save()
         if not stop and (
             figures := self._validate(self.progress.step - 1)
@@ -85,18 +89,23 @@ class Trainer:
         """One step with all that surrounds it; the signal that asked some rank to stop, or 0."""
         if self._profile:
             self._profile.before_step()
-        stop = self._one_step(self.progress.step, throughput)
+        step = self.progress.step
+        stop = self.one_step(step, throughput, replayable=self._saved_at == step)
         if self._profile and (table := self._profile.after_step()):
             self._session.writers.note(table)
         return stop
 
-    def _one_step(self, step: int, throughput: Throughput) -> int:
-        """One training step and its record; the signal that asked some rank to stop, or 0."""
+    def one_step(self, step: int, throughput: Throughput, replayable: bool) -> int:
+        """One training step and its record; the signal that asked some rank to stop, or 0.
+
+        Args:
+            replayable: the state it begins in is saved, so record all that a replay of it is held to.
+        """
         began = time.perf_counter()
         self._accelerator.memory.reset_peak()
         with span(WAITING):
             batches = self._session.train.batches(step)
-        outcome = self._engine.train_step(step, batches)
+        outcome = self._engine.train_step(step, batches, measure=replayable)
         with span(WAITING):
             stop = self._session.interrupt.received or 0
             totals = outcome.metrics.reduce(stop, self._session.world, self._layout)
@@ -108,8 +117,11 @@ class Trainer:
         self._divergence.note(step, totals.loss, sum(totals.tokens), outcome.skipped, outcome.loss_scale)
         if self._checkpointer and self._divergence.sound:
             self._checkpointer.confirm()
-        record = step_record(self._result(step, outcome, totals, seconds), speed)
-        self._session.writers.step(record, self._validate(step))
+        result = self._result(step, outcome, totals, seconds)
+        if replayable:
+            update = outcome.update
+            result = replace(result, parameter_grad_norms=update.gradients, weight_changes=update.changes)
+        self._session.writers.step(step_record(result, speed), self._validate(step))
         return totals.stop_signal
 
     def _result(self, step: int, outcome: StepOutcome, totals: StepTotals, seconds: float) -> StepResult:

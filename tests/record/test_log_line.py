@@ -21,7 +21,7 @@ BENCHMARK_KEYS = [
 ]
 OWN_KEYS = [
     *("model_tflops", "mfu", "dropped_token_rate", "expert_load", "grad_norm_layers", "step_time"),
-    "peak_memory",
+    *("peak_memory", "data_crc32", "grad_norm_parameters", "weight_change"),
 ]
 
 
@@ -37,6 +37,7 @@ def totals(**changes):
         "largest_length": 2048,
         "largest_batch": 5,
         "smallest_batch": 2,
+        "data_crc32": 0x1A2B,
     }
     return SimpleNamespace(**(values | changes))
 
@@ -99,6 +100,15 @@ def test_norms_by_layer_are_for_programs_only():
     step = record()
     assert step["grad_norm_layers"]["experts"] == {"embedding": 0.0, "0": 0.1, "head": 0.138}
     assert "grad_norm_layers" not in to_text(step, 4)
+
+
+def test_what_a_replay_is_held_to_is_for_programs_only():
+    step = record(parameter_grad_norms={"head.weight": 0.5}, weight_changes={"head.weight": 1e-4})
+    assert to_text(step, 4) == to_text(record(), 4)
+    columns = strictly(to_json(step))
+    assert columns["data_crc32"] == "00001a2b"
+    assert columns["grad_norm_parameters/head.weight"] == 0.5
+    assert columns["weight_change/head.weight"] == 1e-4
 
 
 def test_the_columns_of_json_are_flat_and_no_layout_changes_their_names():

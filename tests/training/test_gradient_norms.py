@@ -40,7 +40,7 @@ def test_norms_are_those_of_the_parameters_in_each_place(world):
     optimizer = Optimizer(groups, adamw=None, config=config.adam, world=world, layers=3, holders=1)
     for number, parameter in enumerate(model.parameters()):
         parameter.grad = torch.full_like(parameter, 8.0 * (number + 1))
-    norms = optimizer.gradient_norms(loss_scale=8.0)
+    norms = optimizer.by_place(optimizer.gradient_norms(loss_scale=8.0))
     assert list(norms) == list(groups)
     for group, parameters in groups.items():
         squares = [0.0] * 5
@@ -65,5 +65,5 @@ def test_small_numbers_after_large_ones_count(world):
     gradient = torch.randn(1024, 128, generator=torch.Generator().manual_seed(0)) * 1e-3
     gradient[:8] *= 300
     model.head.weight.grad = gradient
-    found = optimizer.gradient_norms(loss_scale=1.0)["default"][-1]
+    found = optimizer.gradient_norms(loss_scale=1.0)["head.weight"]
     assert found == pytest.approx(gradient.double().norm().item(), rel=2e-7)

@@ -38,11 +38,19 @@ class CheckpointConfig(Section):
     allow_changed_data: bool = False  # go on where the data is not what the run was trained on so far
     checkpoint_every: Positive = 50
     keep: Positive = 2  # only the newest `keep` checkpoints stay
+    # completed steps after which the state is saved, whatever else is, and kept: for `portmoe replay`;
+    # 0 is before the first step
+    keep_steps: Annotated[list[Count], SAME_RUN] = Field([])
     async_upload: bool = True  # write in the background while training goes on
     async_upload_tmp_folder: Annotated[
         str | None, no_effect("checkpoints are written in place, atomically")
     ] = None
     oss_snapshot_freq: Annotated[Count, no_effect("there is no object store to take snapshots to")] = 25
+
+    @property
+    def saves(self) -> bool:
+        """Whether anything is saved at all."""
+        return self.enable_save_ckpt or bool(self.keep_steps)
 
 
 class AlertConfig(Section):
