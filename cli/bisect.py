@@ -9,6 +9,8 @@ from portmoe.accelerator.discovery import AUTO, find, prepare
 from portmoe.cli.options import config_options
 from portmoe.config.read import load_config
 from portmoe.errors import ConfigError, TrainingError
+from portmoe.record.progress import Progress
+from portmoe.record.terminal import terminal
 
 
 @click.command()
@@ -44,9 +46,8 @@ def bisect(
     from portmoe.verify.bisect import bisect_report
     from portmoe.verify.bisect.bisect import bisect as walk
 
-    found = walk(config, reference, backend, progress=_progress)
-    if sys.stderr.isatty():
-        click.echo("\r\033[K", nl=False, err=True)
+    with Progress(terminal(sys.stderr), unit="call") as progress:
+        found = walk(config, reference, backend, progress)
     click.echo(bisect_report.text(found))
     if out is not None:
         as_page = out.suffix in (".html", ".htm")
@@ -57,8 +58,3 @@ def bisect(
             raise ConfigError(f"--out {str(out)!r} cannot be written: {error.strerror}") from error
     if not found.passed:
         sys.exit(TrainingError.exit_code)
-
-
-def _progress(what: str) -> None:
-    if sys.stderr.isatty():
-        click.echo(f"\r\033[K{what}", nl=False, err=True)

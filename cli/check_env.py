@@ -7,6 +7,9 @@ import click
 
 from portmoe.accelerator.discovery import AUTO
 from portmoe.errors import BackendError
+from portmoe.record.origin import of_report
+from portmoe.record.progress import Progress
+from portmoe.record.terminal import terminal
 from portmoe.verify.machine.survey import survey
 from portmoe.verify.machine.text import render
 
@@ -33,9 +36,11 @@ def check_env(backend: str, as_json: bool, timeout: float) -> None:
 
     Ends with exit code 3 if the backend asked for (for auto: every backend) cannot train.
     """
-    report = survey(backend, timeout)
+    with Progress(terminal(sys.stderr)) as progress:
+        report = survey(backend, timeout, lambda what: progress(f"checking {what}"))
     if as_json:
-        click.echo(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
+        document = {**report.as_dict(), "provenance": of_report()}
+        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
     else:
         click.echo(render(report, lambda level, tag: click.style(tag, fg=COLOURS[level])))
     if not report.can_train:

@@ -7,7 +7,7 @@ import click
 from portmoe.cli.options import config_options
 from portmoe.config import Config
 from portmoe.config.messages import shorten
-from portmoe.config.read import dump_config, load_config, no_effect_notes
+from portmoe.config.read import default_model, dump_config, load_config, no_effect_notes
 from portmoe.errors import ConfigError
 
 
@@ -68,7 +68,7 @@ def _refuse_options(context: click.Context) -> None:
 
 
 def _show_notes(config: Config) -> None:
-    for note in no_effect_notes(config):
+    for note in (*default_model(config), *no_effect_notes(config)):
         click.echo(f"note: {note}", err=True)
 
 

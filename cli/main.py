@@ -6,6 +6,7 @@ Help and usage errors never import torch; a subcommand's module is imported when
 import io
 import sys
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -13,6 +14,7 @@ import click
 
 from portmoe import __version__
 from portmoe.errors import PortmoeError
+from portmoe.record.terminal import coloured
 
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
@@ -32,6 +34,14 @@ class LazyGroup(click.Group):
             return None
         module, attribute = self.subcommands[name][0].split(":")
         return getattr(import_module(module), attribute)
+
+    def resolve_command(
+        self, context: click.Context, arguments: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = arguments[0]
+        if name not in self.subcommands and (near := get_close_matches(name, self.subcommands, n=1)):
+            raise click.UsageError(f"No such command {name!r}; did you mean {near[0]}?", context)
+        return super().resolve_command(context, arguments)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -61,7 +71,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack a character we print
     try:
-        return cli.main(arguments, prog_name="portmoe", standalone_mode=False) or 0
+        colours = None if coloured(sys.stdout) else False
+        return cli.main(arguments, prog_name="portmoe", standalone_mode=False, color=colours) or 0
     except click.ClickException as error:
         error.show()
         return error.exit_code

@@ -11,6 +11,7 @@ from portmoe.config import yaml as config_yaml
 from portmoe.config.keys import walk
 from portmoe.config.messages import describe, shorten
 from portmoe.config.schema import Config
+from portmoe.config.section import ModelSection
 from portmoe.config.void import void
 from portmoe.errors import ConfigError
 
@@ -75,6 +76,19 @@ def no_effect_notes(config: Config) -> list[str]:
         if entry.section is None
         and entry.value != entry.default
         and (why := entry.key.no_effect or beside_others.get(entry.path))
+    ]
+
+
+def default_model(config: Config) -> list[str]:
+    """A line that says which model is meant where the config says nothing of it; none where it does."""
+    if config.model.model_fields_set - ModelSection.model_fields.keys():
+        return []
+    model = config.architecture
+    networks = f"{model.experts} experts" if model.expert_layers else "no experts"
+    return [
+        f"no key of this config says what the model is, so the defaults of {config.model_type} hold: "
+        f"{len(model.layers)} layers, hidden size {model.hidden}, {networks}; for a small model, give these "
+        "keys by --set to the packaged config tiny_moe4"
     ]
 
 

@@ -7,7 +7,7 @@ import torch
 
 from portmoe.accelerator import Accelerator, get_accelerator
 from portmoe.config import Config
-from portmoe.config.read import no_effect_notes
+from portmoe.config.read import default_model, no_effect_notes
 from portmoe.costs.flops import benchmark_flops_per_token, model_flops_per_token
 from portmoe.costs.memory import activation_bytes
 from portmoe.costs.parameters import count_parameters
@@ -27,7 +27,7 @@ def dry_run(config: Config, config_name: str, backend: str, world_size: int) -> 
     """
     layout = Layout.plan(config, world_size)
     accelerator = get_accelerator(backend)
-    notes = [f"note: {note}" for note in no_effect_notes(config)]
+    notes = [f"note: {note}" for note in (*default_model(config), *no_effect_notes(config))]
     operations = list(_operations(config, layout, accelerator, notes))
     rows = [
         ("config", config_name),

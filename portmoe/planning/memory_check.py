@@ -5,6 +5,7 @@ from dataclasses import replace
 from portmoe.accelerator import Accelerator
 from portmoe.accelerator.host_memory import host_memory, process_limit
 from portmoe.config import Config
+from portmoe.config.read import default_model
 from portmoe.costs.memory import FP32_BYTES, StateBytes, state_bytes
 from portmoe.costs.parameters import count_parameters
 from portmoe.errors import BackendError
@@ -60,4 +61,5 @@ def require_memory(config: Config, layout: Layout, accelerator: Accelerator, ran
             f"optimizer state, and its share of {accelerator.name} memory is {available / 2**30:.1f} GiB"
             f"{of_what}; use more ranks (parallel.zero1.size: -1 shards over all), set parallel.zero1.fsdp "
             "to true, or choose a smaller model; `portmoe train --dry-run --world-size N` tells for N ranks"
+            + "".join(f". Note: {line}" for line in default_model(config))
         )

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from portmoe.accelerator import Accelerator, get_accelerator
 from portmoe.checkpoint.store import Checkpointer
 from portmoe.config import Config
-from portmoe.config.read import no_effect_notes
+from portmoe.config.read import default_model, no_effect_notes
 from portmoe.data import DataStream, check_data, open_data
 from portmoe.errors import TrainingError
 from portmoe.launch import launch
@@ -129,7 +129,7 @@ def _opened(
     run = RunDirectory.open(config, config_name, data, ranks.rank, _broadcast)
     stack.callback(run.close)
     interrupt = stack.enter_context(Interrupt())
-    notes = no_effect_notes(config)
+    notes = [*default_model(config), *no_effect_notes(config)]
     if run.warning:
         notes.append(f"WARNING: {run.warning}")
     if layout.pipeline > 1:

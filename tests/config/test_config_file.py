@@ -6,7 +6,7 @@ import pytest
 
 import portmoe
 from portmoe.config import Config
-from portmoe.config.read import dump_config, no_effect_notes, packaged_names
+from portmoe.config.read import default_model, dump_config, load_config, no_effect_notes, packaged_names
 from portmoe.config.sections.data import DataConfig
 
 
@@ -179,3 +179,11 @@ def test_data_from_a_folder_has_no_largest_dummy_token():
 def test_the_layers_that_are_computed_again(share, layers):
     config = portmoe.load_config("tiny_moe4", ["model.num_layers=4", f"model.checkpoint={share}".lower()])
     assert config.recomputed_layers == layers
+
+
+def test_a_config_that_leaves_the_model_out_says_which_defaults_hold():
+    (said,) = default_model(Config())
+    assert "32 layers, hidden size 4096, 4 experts" in said
+    assert default_model(Config.model_validate({"model": {"dtype": "float32"}})) == [said]
+    assert default_model(Config.model_validate({"model": {"num_layers": 2}})) == []
+    assert default_model(load_config("7b_moe4")) == []

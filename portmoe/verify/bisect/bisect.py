@@ -17,15 +17,19 @@ import torch
 
 from portmoe.accelerator import get_accelerator
 from portmoe.config import Config
+from portmoe.config.read import default_model
 from portmoe.config.sections.execution import ParallelConfig
 from portmoe.data import Batch, open_data
+from portmoe.launch.ranks import detect
 from portmoe.model.decoder import Decoder
 from portmoe.model.reference_table import reference_table
 from portmoe.ops import OPERATIONS, OpTable
 from portmoe.ops.operation import Sample
 from portmoe.ops.table import REFERENCE
 from portmoe.parallel.layout import Layout
+from portmoe.planning.memory_check import require_memory
 from portmoe.record.origin import of_report
+from portmoe.record.progress import Progress
 from portmoe.training.engine import mean_loss
 from portmoe.training.loss_scale import LossScale
 from portmoe.training.operations import choose_operations
@@ -127,17 +131,17 @@ class Bisection:
         return not any(self.defects()) and self.whole.passed
 
 
-def bisect(config: Config, reference: str, backend: str, progress: Callable[[str], None]) -> Bisection:
+def bisect(config: Config, reference: str, backend: str, progress: Progress) -> Bisection:
     """Walk one step of ``config``; its seed decides weights and data.
 
     Args:
         reference: the backend whose plain references are trusted.
         backend: the backend under suspicion, with the implementations training would choose.
-        progress: is told what comes next.
+        progress: is told what comes next, and what is found wrong.
 
     Raises:
         ConfigError: a backend does not exist, or the data do not fill a step.
-        BackendError: one of the two cannot be used here.
+        BackendError: one of the two cannot be used here, or has not the memory.
     """
     config = _in_one_process(config)
     layout = Layout.plan(config, 1)
@@ -145,21 +149,27 @@ def bisect(config: Config, reference: str, backend: str, progress: Callable[[str
     device = suspect.open(0)
     trusted = suspect if reference == suspect.name else get_accelerator(reference)
     home = device if trusted is suspect else trusted.open(0)
-    notes: list[str] = []
+    for accelerator in {a.name: a for a in (suspect, trusted)}.values():
+        require_memory(config, layout, accelerator, detect("local"))
+    notes = default_model(config)
     table = choose_operations(config, layout, suspect, device, 0, lambda value: value, notes.append)
     with open_data(config, rank=0, size=1, micro_num=layout.micro_num) as stream:
         batch = stream.batches(0)[0]
 
-    progress("the reference")
+    progress("the reference", 0, 0)
     trusted_step = _step(config, reference_table(), batch, home)
     calls = [*trusted_step.calls, _update(config, trusted_step.model)]
     judged = []
-    for number, made in enumerate(calls, 1):
-        progress(f"{number} of {len(calls)}: {made.name}")
+    for number, made in enumerate(calls):
+        progress(made.name, number, len(calls))
         function, implementation = _on_backend(made, table)
         found = list(deviations(made, function, device, home))
         judged.append(Judged(made.place, made.operation.name, implementation, found))
-    progress("the whole model")
+        for wrong in (deviation for deviation in found if deviation.defect):
+            progress.say(
+                f"[FAIL] {made.place}: {judged[-1].subject}, {wrong.direction}: {wrong.tensor}", "red"
+            )
+    progress("the whole model", len(calls), len(calls))
     whole = _whole(config, trusted_step, table, batch, device)
     return Bisection(
         config=config,

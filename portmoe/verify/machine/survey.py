@@ -1,7 +1,7 @@
 """All checks in order, from versions to a choice of implementations."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ WITHOUT_PLUGINS = {AUTOLOAD: "0"}
 REPAIR_TORCH = "repair torch first: see its line at the top"
 
 
-def survey(asked: str, timeout: float) -> Report:
+def survey(asked: str, timeout: float, progress: Callable[[str], None] = lambda what: None) -> Report:
     """Check the backend called ``asked``, or all registered ones for "auto".
 
     Args:
         timeout: seconds one child process may take.
+        progress: is told what comes next.
 
     Raises:
         ConfigError: no backend is called ``asked``.
@@ -32,12 +33,12 @@ def survey(asked: str, timeout: float) -> Report:
     names = sorted(registered()) if asked == AUTO else [find(asked).name]
     report = Report(asked, versions(), check_versions())
     torch = installed_version("torch")
-    problem, report.backends = _probe(names, asked, {}, timeout)
+    problem, report.backends = _probe(names, asked, {}, timeout, progress)
     if problem is None:
         report.findings.append(Result("pass", "torch", f"{torch} imports"))
     else:
         report.findings.append(problem)
-        still, report.backends = _probe(names, asked, WITHOUT_PLUGINS, timeout)
+        still, report.backends = _probe(names, asked, WITHOUT_PLUGINS, timeout, progress)
         if still is None:
             text = f"{torch} itself is sound: with {AUTOLOAD}=0 it imports; the checks below ran with that"
             report.findings.append(Result("pass", "torch", text))
@@ -49,7 +50,11 @@ def survey(asked: str, timeout: float) -> Report:
 
 
 def _probe(
-    names: Sequence[str], asked: str, environment: Mapping[str, str], timeout: float
+    names: Sequence[str],
+    asked: str,
+    environment: Mapping[str, str],
+    timeout: float,
+    progress: Callable[[str], None],
 ) -> tuple[Result | None, list[BackendReport]]:
     """Import torch and probe all backends in one child; where one takes it down, go on with the others.
 
@@ -57,12 +62,14 @@ def _probe(
     """
     reports, waiting = [], list(names)
     while waiting:
+        progress(f"torch and {', '.join(waiting)}")
         outcome = run_python([[*EXAMINE, "probe", asked, *waiting]], environment, timeout)[0]
         problem = _import_problem(outcome)
         if problem:
             return problem, [BackendReport(name) for name in names]
         for record in outcome.records[1:]:
             waiting.remove(record["name"])
+            progress(f"training on {record['name']}")
             reports.append(_probed(record, asked, environment, timeout))
         if waiting:
             died = BackendReport(waiting.pop(0))

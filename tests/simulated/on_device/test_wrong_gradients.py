@@ -3,6 +3,7 @@
 The optimizer's function has no gradient: its result is wrong instead.
 """
 
+import io
 from contextlib import contextmanager
 
 import pytest
@@ -12,6 +13,8 @@ from torch_npu import faults
 from portmoe import load_config
 from portmoe.backends.npu.ops import FUSED, LAST
 from portmoe.ops import OPERATIONS
+from portmoe.record.progress import Progress
+from portmoe.record.terminal import terminal
 from portmoe.verify.backend.conformance import check_operation
 from portmoe.verify.bisect.bisect import bisect
 
@@ -75,7 +78,7 @@ def test_conformance_fails_the_cut_vocabularys_gradient():
 
 def walk(model, dtype=torch.float32):
     config = load_config("tiny_moe4", [*SMALL, *model, f"model.dtype={str(dtype).removeprefix('torch.')}"])
-    return bisect(config, "cpu", "npu", lambda what: None)
+    return bisect(config, "cpu", "npu", Progress(terminal(io.StringIO())))
 
 
 @dtypes

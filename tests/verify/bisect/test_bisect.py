@@ -1,6 +1,7 @@
 """The walk through a training step: what it names, what it must not name, and the command."""
 
 import dataclasses
+import io
 import json
 from functools import cache
 
@@ -14,6 +15,8 @@ from portmoe.config.read import load_config
 from portmoe.model import decoder
 from portmoe.ops import OPERATIONS
 from portmoe.ops.operation import Implementation
+from portmoe.record.progress import Progress
+from portmoe.record.terminal import terminal
 from portmoe.verify.backend.calls import call, copied
 from portmoe.verify.bisect import bisect as walking
 from portmoe.verify.bisect import bisect_report
@@ -89,7 +92,7 @@ def suspect(monkeypatch):
 
 def walk(model="static", *overrides):
     config = load_config("tiny_moe4", [*SMALL, *MODELS[model], *overrides])
-    return walking.bisect(config, "cpu", "suspect", lambda what: None)
+    return walking.bisect(config, "cpu", "suspect", Progress(terminal(io.StringIO())))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -302,3 +305,13 @@ def test_a_users_mistake_is_explained(options, message, capsys):
     shown = capsys.readouterr().err
     assert message in shown
     assert "Traceback" not in shown
+
+
+def test_a_config_without_a_model_is_refused_before_its_memory_is_taken(tmp_path, capsys):
+    only_a_switch = tmp_path / "off.yaml"
+    only_a_switch.write_text("ops:\n  disable: [rms_norm.compiled]\n")
+    assert portmoe(["bisect", "--backend", "cpu", "--config", str(only_a_switch)]) == 3
+    shown = capsys.readouterr().err
+    assert "GiB for weights, gradients and optimizer state" in shown
+    assert "no key of this config says what the model is" in shown
+    assert "32 layers, hidden size 4096, 4 experts" in shown
