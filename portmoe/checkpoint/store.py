@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from portmoe.checkpoint.agreement import agree, on_first_rank
 from portmoe.checkpoint.folder import (
     STATE_FILE,
     beyond,
@@ -134,7 +135,7 @@ class Checkpointer:
     def latest(self) -> int | None:
         """The newest complete checkpoint's step, or None. Removes what killed runs left over."""
         self.wait()
-        return _on_first_rank(self._group, self._tidied_latest)
+        return on_first_rank(self._group, self._tidied_latest)
 
     def load(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """Fill ``tensors`` in place from the checkpoint of ``step``; return its state. See ``read``."""
@@ -160,7 +161,7 @@ class Checkpointer:
                 return step, self.load(step, tensors)
             except TrainingError as error:
                 failure = error
-            older = _on_first_rank(self._group, lambda step=step: self._set_aside(step))
+            older = on_first_rank(self._group, lambda step=step: self._set_aside(step))
             log(f"WARNING: {failure}; going back to {'nothing' if older is None else f'step {older}'}")
             step = older
         if failure is not None:
@@ -206,14 +207,14 @@ def read(
         ConfigError: not a checkpoint, or names, shapes or dtypes differ. No tensor was touched.
         TrainingError: a file is missing or damaged. Tensors may be half filled.
     """
-    record = _on_first_rank(group, lambda: _read_record(checkpoint))
+    record = on_first_rank(group, lambda: read_record(checkpoint))
     _verify_files(checkpoint, record["files"], group)
     reader = Reader(checkpoint)
     found: list[Metadata] = []
-    _agree(group, lambda: found.append(reader.read_metadata()))
+    agree(group, lambda: found.append(reader.read_metadata()))
     (metadata,) = found
     unclaimed = [] if subset else _unclaimed(metadata, tensors, group)
-    _agree(group, lambda: _check_names(checkpoint, tensors, metadata, unclaimed))
+    agree(group, lambda: _check_names(checkpoint, tensors, metadata, unclaimed))
     try:
         dcp.load(dict(tensors), storage_reader=reader, process_group=group)
     except (Exception, dcp.CheckpointException) as error:
@@ -221,7 +222,13 @@ def read(
     return record["state"]
 
 
-def _read_record(checkpoint: Path) -> dict[str, Any]:
+def read_record(checkpoint: Path) -> dict[str, Any]:
+    """The files of a checkpoint with their checksums ("files") and what was saved beside them ("state").
+
+    Raises:
+        ConfigError: not a checkpoint.
+        TrainingError: the record is damaged.
+    """
     try:
         record = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
@@ -240,19 +247,28 @@ def _read_record(checkpoint: Path) -> dict[str, Any]:
 def _verify_files(checkpoint: Path, files: Mapping[str, int], group: dist.ProcessGroup) -> None:
     """Compare the checksums of all files, each rank taking a share of them."""
 
-    def damaged(name: str) -> str | None:
+    def verify() -> None:
+        share = sorted(files)[dist.get_rank(group) :: dist.get_world_size(group)]
+        require_sound(checkpoint, {name: files[name] for name in share})
+
+    agree(group, verify)
+
+
+def require_sound(checkpoint: Path, files: Mapping[str, int]) -> None:
+    """Compare the checksums of these files of a checkpoint.
+
+    Raises:
+        TrainingError: naming every file that is missing or damaged.
+    """
+
+    def damage(name: str) -> str | None:
         try:
             return None if crc32(checkpoint / name) == files[name] else f"{name}: wrong checksum"
         except OSError as error:
             return f"{name}: {error.strerror}"
 
-    def verify() -> None:
-        share = sorted(files)[dist.get_rank(group) :: dist.get_world_size(group)]
-        problems = [problem for problem in map(damaged, share) if problem]
-        if problems:
-            raise TrainingError(f"checkpoint {checkpoint} is damaged: {'; '.join(problems)}")
-
-    _agree(group, verify)
+    if problems := [problem for problem in map(damage, sorted(files)) if problem]:
+        raise TrainingError(f"checkpoint {checkpoint} is damaged: {'; '.join(problems)}")
 
 
 def _unclaimed(metadata: Metadata, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> list[str]:
@@ -291,33 +307,3 @@ def _cause(error: BaseException) -> str:
         failures = sorted(error.failures.items())
         return "; ".join(f"rank {rank}: {type(why).__name__}: {why}" for rank, (why, _) in failures)
     return f"{type(error).__name__}: {error}"
-
-
-def _on_first_rank(group: dist.ProcessGroup, work: Callable[[], Any]) -> Any:
-    """Do ``work`` on rank 0 of the group; every rank gets its result or its error."""
-    outcome: list[Any] = [None, None]
-    if dist.get_rank(group) == 0:
-        try:
-            outcome[0] = work()
-        except (ConfigError, TrainingError) as error:
-            outcome[1] = error
-        except OSError as error:
-            outcome[1] = TrainingError(f"the checkpoint folder cannot be used: {error}")
-    dist.broadcast_object_list(outcome, src=dist.get_global_rank(group, 0), group=group)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-def _agree(group: dist.ProcessGroup, work: Callable[[], None]) -> None:
-    """Do ``work`` on every rank; if it fails on any, every rank raises the lowest such rank's error."""
-    mine: ConfigError | TrainingError | None = None
-    try:
-        work()
-    except (ConfigError, TrainingError) as error:
-        mine = error
-    errors: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(errors, mine, group=group)
-    for error in errors:
-        if error is not None:
-            raise error
