@@ -14,6 +14,7 @@ from portmoe.config.schema import Config
 from portmoe.config.section import ModelSection
 from portmoe.config.void import void
 from portmoe.errors import ConfigError
+from portmoe.families.registry import families
 
 PACKAGE = "portmoe.configs"
 
@@ -70,11 +71,16 @@ def packaged_names() -> list[str]:
 def no_effect_notes(config: Config) -> list[str]:
     """A line for every key that is set but changes nothing, at all or beside the others, with the reason."""
     beside_others = void(config)
+    of_family = {
+        f"{section}.{key}": value
+        for section, keys in families()[config.model_type].defaults.items()
+        for key, value in keys.items()
+    }
     return [
         f"{entry.path} = {shorten(entry.value)} has no effect: {why}"
         for entry in walk(config)
         if entry.section is None
-        and entry.value != entry.default
+        and entry.value != of_family.get(entry.path, entry.default)
         and (why := entry.key.no_effect or beside_others.get(entry.path))
     ]
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, SerializeAsAny, ValidationInfo, WrapValidator
+from pydantic import AfterValidator, Field, SerializeAsAny, ValidationInfo, WrapValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from portmoe.config.keys import SAME_RUN, no_effect
@@ -43,7 +43,10 @@ def _section_of_family(value: Any, validate: Any, info: ValidationInfo) -> Any:
 
 
 class Tree(Section):
-    """Every key of a config. Its sections are valid by themselves and may contradict each other."""
+    """Every key of a config. Its sections are valid by themselves and may contradict each other.
+
+    A family may have defaults of its own for keys outside its section.
+    """
 
     JOB_NAME: Annotated[str, SAME_RUN] = "portmoe"
     model_type: Annotated[str, AfterValidator(_known_family), Field(json_schema_extra=_names_of_families)] = (
@@ -70,6 +73,21 @@ class Tree(Section):
     cudnn_deterministic: Annotated[bool, SAME_RUN] = False
     cudnn_benchmark: Annotated[bool, no_effect("there are no convolutions to tune")] = False
     monitor: Annotated[MonitorConfig, SAME_RUN] = MonitorConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_family(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("model_type", ""), str):
+            return values
+        family = registry.families().get(values.get("model_type", registry.DEFAULT))
+        if family is None:
+            return values
+        filled = dict(values)
+        for section, defaults in family.defaults.items():
+            given = values.get(section, {})
+            if isinstance(given, dict):
+                filled[section] = dict(defaults) | given
+        return filled
 
     @property
     def architecture(self) -> Architecture:

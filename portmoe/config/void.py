@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from portmoe.config.tree import Tree
+    from portmoe.families.architecture import Gate
 
 Rule = tuple[bool, str, tuple[str, ...]]  # whether it holds, why, and the keys that are void then
 
@@ -31,11 +32,21 @@ def _of_the_experts(config: "Tree") -> Iterator[Rule]:
         "no layer has experts",
         (
             *(f"moe.{key}" for key in type(config.moe).model_fields),
-            *("loss.moe_loss_coeff", "parallel.expert.size", "model.moe_type", "model.moe_use_residual"),
+            *("loss.moe_loss_coeff", "loss.z_loss_coeff", "parallel.expert.size"),
+            *("model.moe_type", "model.moe_use_residual"),
         ),
     )
     factors = ("moe.capacity_factor", "moe.eval_capacity_factor")
+    own_loss = bool(gates) and config.architecture.balance.over not in ("gate", "first choice")
+    yield (
+        own_loss,
+        "the load is evened by the model's own loss and coefficient, or by none (moe.aux_loss)",
+        ("loss.moe_loss_coeff",),
+    )
+    yield from (rule for gate in gates if gate.kind == "softmax" for rule in _of_a_softmax(gate))
     for gate in gates:
+        if gate.kind == "softmax":
+            continue
         topk, several = gate.kind == "topk", gate.top_k > 1
         yield (
             topk and several,
@@ -63,6 +74,22 @@ def _of_the_experts(config: "Tree") -> Iterator[Rule]:
             "with moe.drop_tokens=false the capacity is what the fullest expert needs",
             factors,
         )
+
+
+def _of_a_softmax(gate: "Gate") -> Iterator[Rule]:
+    yield (
+        True,
+        "this model's gate has no such choice",
+        (
+            *("moe.noisy_gate_policy", "moe.drop_tokens", "moe.use_rts", "moe.use_fused_gating"),
+            *("moe.use_tutel", "moe.top_k"),
+        ),
+    )
+    yield (
+        gate.dropless,
+        "every choice is computed (moe.capacity_factor is null)",
+        ("moe.eval_capacity_factor", "moe.min_capacity"),
+    )
 
 
 def _of_the_rest(config: "Tree") -> Iterator[Rule]:

@@ -13,11 +13,30 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """Slower rotation of the pairs that turn slowest (Peng et al. 2023, arXiv:2309.00071).
+
+    Attributes:
+        factor: how much longer contexts are than ``original``, which the model was first trained with.
+        fast, slow: rotations within ``original`` from which on a pair keeps its frequency, and up to which it
+            turns ``factor`` times as slowly; between them both are mixed.
+        magnitude: multiplies cosine and sine.
+    """
+
+    factor: float
+    original: int
+    fast: float
+    slow: float
+    magnitude: float
+
+
+@dataclass(frozen=True)
 class Rotary:
-    """Rotary embedding of the full width of queries and keys (Su et al. 2021, arXiv:2104.09864)."""
+    """Rotary embedding of queries and keys (Su et al. 2021, arXiv:2104.09864)."""
 
     base: float
     interleaved: bool = False  # pairs of neighbours, instead of halves
+    yarn: Yarn | None = None
 
 
 @dataclass(frozen=True)
@@ -31,11 +50,51 @@ class Attention:
     bias: bool  # of the projections to queries, keys and values
     out_bias: bool
     rotary: Rotary
+    norm_epsilon: float | None = None  # of the norm of each head's query and key; None: they are not normed
+
+    @property
+    def rotary_dim(self) -> int:
+        """How much of a head's width is turned."""
+        return self.head_dim
 
     @property
     def group(self) -> int:
         """Queries that share a key."""
         return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Causal attention with keys and values expanded from one latent (DeepSeek-AI 2024, arXiv:2405.04434).
+
+    Of a query and a key ``plain_dim`` numbers are each head's own and ``turned_dim`` carry the position; the
+    key's are the same in every head.
+    """
+
+    heads: int
+    query_rank: int | None  # of the queries' latent; None: they have none
+    latent_rank: int
+    plain_dim: int
+    turned_dim: int
+    value_dim: int
+    rotary: Rotary
+    scale: float  # of the scores
+    norm_epsilon: float  # of the latents' norms
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values: every query has its own."""
+        return self.heads
+
+    @property
+    def head_dim(self) -> int:
+        """The width of a query and a key."""
+        return self.plain_dim + self.turned_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """How much of a head's width is turned."""
+        return self.turned_dim
 
 
 @dataclass(frozen=True)
@@ -47,13 +106,18 @@ class Dense:
 
 @dataclass(frozen=True)
 class Gate:
-    """How tokens choose experts, in the terms of ``ops.topk_gating`` and ``ops.megablock_gating``."""
+    """How tokens choose experts, in the terms of the operation ``<kind>_gating``."""
 
-    kind: Literal["topk", "megablock"]
+    kind: Literal["topk", "megablock", "softmax"]
     top_k: int
-    capacity_factor: float = 1.0
-    eval_capacity_factor: float = 1.0
+    capacity_factor: float | None = 1.0
+    eval_capacity_factor: float | None = 1.0
     min_capacity: int = 0
+    normalise: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    kept_groups: int = 1
+    jitter: float = 0.0  # in training what enters the network is multiplied by U(1 − jitter, 1 + jitter)
     dropless: bool = False  # every choice is computed, in groups of unequal size
     drop_tokens: bool = True
     use_rts: bool = False
@@ -74,14 +138,30 @@ class Experts:
     width: int
     gate: Gate
     shared: Dense | None = None  # its output is added to the experts'
+    shared_gate: bool = False  # the shared network's output is multiplied by sigmoid of a linear map
     residual: Dense | None = None  # its output and the experts' are mixed by learned coefficients
+
+
+@dataclass(frozen=True)
+class Balance:
+    """How evenly the load lies on the experts, as terms of the loss; see ``model.balance``.
+
+    Attributes:
+        over: what is averaged before the product of an expert's share of the choices and its mean score.
+        coefficient: of the balance loss, which is summed over the layers.
+        z: coefficient of the routers' z-loss; 0: it is not computed.
+    """
+
+    over: Literal["gate", "first choice", "layer", "sequence", "model", "none"] = "none"
+    coefficient: float = 0.0
+    z: float = 0.0
 
 
 @dataclass(frozen=True)
 class Layer:
     """x + attention(norm(x)), then x + network(norm(x))."""
 
-    attention: Attention
+    attention: Attention | LatentAttention
     network: Dense | Experts
 
 
@@ -111,6 +191,7 @@ class Architecture:
     norm_epsilon: float
     initial: Initial
     nominal_ratio: float
+    balance: Balance = Balance()
     exact_norms: bool = False  # norms compute with float32 gains and inputs in every dtype
     embedding_gradient: float = 1.0  # scales the embedding's gradient
     keys: Mapping[str, str] = field(default_factory=dict, compare=False, hash=False)

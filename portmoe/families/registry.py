@@ -5,15 +5,16 @@ A family's ``section`` has
 * ``MODEL_TYPE``: the value of ``model_type`` that names it;
 * ``ModelConfig``: its ``model`` section, a ``ModelSection``;
 * ``architecture(config)``: the ``Architecture`` of a config of that type;
+* ``DEFAULTS``, optional: section → key → the default of a key outside ``model``, where it is another;
 * ``contradictions(config)``, optional: a message for each contradiction between its keys and other sections'.
 """
 
 import pkgutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import portmoe.families
 from portmoe.config.section import ModelSection
@@ -33,6 +34,7 @@ class Family:
     section: type[ModelSection]
     architecture: "Callable[[Config], Architecture]"
     contradictions: "Callable[[Config], Iterator[str]]"
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @cache
@@ -47,6 +49,7 @@ def families() -> dict[str, Family]:
                 module.ModelConfig,
                 module.architecture,
                 getattr(module, "contradictions", _none),
+                getattr(module, "DEFAULTS", {}),
             )
             found[family.model_type] = family
     return dict(sorted(found.items(), key=lambda item: (item[0] != DEFAULT, item[0])))

@@ -7,9 +7,12 @@ from torch import nn
 
 from portmoe.families import architecture as arch
 from portmoe.model.linear import Linear
+from portmoe.model.norm import RMSNorm
 from portmoe.model.share import FP32_BYTES, Call, Calls, Costs, PartCost, Share, site
-from portmoe.model.sharing import ALL_TOKENS, ALONE, Cut
+from portmoe.model.sharing import ALL_TOKENS, ALONE, INSIDE, Cut
 from portmoe.ops import OpTable, Segments
+
+NORMED = ("queries", "keys")
 
 
 class Attention(nn.Module):
@@ -24,15 +27,24 @@ class Attention(nn.Module):
     cuts: ClassVar[dict[str, Cut]] = {
         "qkv.weight": Cut(0),
         "qkv.bias": Cut(0),
+        "q_norm.weight": INSIDE,
+        "k_norm.weight": INSIDE,
         "out.weight": Cut(1),
         "out.bias": Cut(),
     }
 
-    def __init__(self, hidden: int, sizes: arch.Attention, ops: OpTable, where: str = "") -> None:
+    def __init__(
+        self, hidden: int, sizes: arch.Attention, exact_norms: bool, ops: OpTable, where: str = ""
+    ) -> None:
         super().__init__()
         self.widths = (sizes.group * sizes.head_dim, sizes.head_dim, sizes.value_dim)  # of one key head
         rows, values = sizes.kv_heads * sum(self.widths), sizes.heads * sizes.value_dim
         self.qkv = Linear(hidden, rows, ops, where, bias=sizes.bias)
+        if sizes.norm_epsilon is not None:
+            self.q_norm, self.k_norm = (
+                RMSNorm(sizes.head_dim, sizes.norm_epsilon, exact_norms, ops, site(where, role))
+                for role in NORMED
+            )
         self.out = Linear(values, hidden, ops, site(where, "attention's output"), bias=sizes.out_bias)
         self.sizes = sizes
         self.scale = sizes.head_dim**-0.5
@@ -50,6 +62,8 @@ class Attention(nn.Module):
             q_TND = (
                 q_TGD if self.sizes.group == 1 else q_TGD.unflatten(-1, (-1, k_TND.shape[-1])).flatten(1, 2)
             )
+            if self.sizes.norm_epsilon is not None:
+                q_TND, k_TND = self.q_norm(q_TND), self.k_norm(k_TND)
             q_TND = self.ops.rotary(q_TND, cos_TR, sin_TR, self.sizes.rotary.interleaved)
             k_TND = self.key_ops.rotary(k_TND, cos_TR, sin_TR, self.sizes.rotary.interleaved)
             y_TND = self.ops.attention(q_TND, k_TND, v_TND, segments, self.scale)
@@ -64,6 +78,10 @@ class Attention(nn.Module):
         sizes, shared = self.sizes, {"qk_interleaved": self.sizes.rotary.interleaved}
         heads, kv_heads = sizes.heads // share.ranks, sizes.kv_heads // share.ranks
         yield from self.qkv.call(share, share.inside, outputs=share.parts)
+        if sizes.norm_epsilon is not None:
+            for role, number in zip(NORMED, (heads, kv_heads), strict=True):
+                rows = share.workload(share.tokens * number, hidden=sizes.head_dim)
+                yield Call("rms_norm", site(self.where, role), rows)
         for where, number in ((self.where, heads), (self._of_keys(self.where), kv_heads)):
             turned = share.workload(share.tokens, heads=number, head_dim=sizes.head_dim, **shared)
             yield Call("rotary", where, turned)

@@ -4,6 +4,7 @@ import math
 
 from portmoe.families.architecture import Experts
 from portmoe.ops.megablock_gating import megablock_capacity
+from portmoe.ops.softmax_gating import softmax_capacity
 from portmoe.ops.topk_gating import topk_capacity
 
 
@@ -19,4 +20,6 @@ def expert_capacity(experts: Experts, tokens: int) -> int:
         return math.ceil(tokens * gate.top_k / experts.count)
     if gate.kind == "megablock":
         return megablock_capacity(tokens, experts.count, gate.top_k, gate.capacity_factor)
+    if gate.kind == "softmax":
+        return softmax_capacity(tokens, experts.count, gate.top_k, gate.capacity_factor, gate.min_capacity)
     return topk_capacity(tokens, experts.count, gate.top_k, gate.capacity_factor, gate.min_capacity)

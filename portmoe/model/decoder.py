@@ -11,9 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from portmoe.config import Config
 from portmoe.families import architecture as arch
 from portmoe.families.architecture import Architecture, Experts, Layer
+from portmoe.model import balance
 from portmoe.model.attention import Attention
 from portmoe.model.feed_forward import FeedForward
 from portmoe.model.init import initialise
+from portmoe.model.latent_attention import LatentAttention
 from portmoe.model.moe import MoE
 from portmoe.model.noise import micro_batch_seed
 from portmoe.model.norm import RMSNorm
@@ -32,7 +34,7 @@ class StageOutput(NamedTuple):
     """What a decoder without a head hands on. A tuple, so that module hooks find its tensors."""
 
     x_TH: torch.Tensor
-    aux_loss: torch.Tensor  # float32 scalar, sum over the layers so far
+    terms_W: torch.Tensor  # float32, sums over the layers so far, see ``model.balance``
     assigned_LE: torch.Tensor  # int64, assignments before drops; rows are this module's layers, in order
     kept_LE: torch.Tensor  # int64, assignments computed
 
@@ -42,7 +44,8 @@ class DecoderOutput(NamedTuple):
 
     loss_T: torch.Tensor  # float32, 0 where the label is −100
     correct_T: torch.Tensor  # bool
-    aux_loss: torch.Tensor  # float32 scalar, sum over all layers, not yet multiplied by its coefficient
+    aux_loss: torch.Tensor  # float32 scalar, of all layers, not yet multiplied by its coefficient
+    z_loss: torch.Tensor  # float32 scalar, the same; 0 where its coefficient is
     assigned_LE: torch.Tensor
     kept_LE: torch.Tensor
 
@@ -68,14 +71,15 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(model.hidden, model.norm_epsilon, model.exact_norms, ops, where)
-        self.attention = Attention(model.hidden, layer.attention, ops, where)
+        kind = LatentAttention if isinstance(layer.attention, arch.LatentAttention) else Attention
+        self.attention = kind(model.hidden, layer.attention, model.exact_norms, ops, where)
         self.feed_forward_norm = RMSNorm(model.hidden, model.norm_epsilon, model.exact_norms, ops, where)
         self.is_moe = isinstance(layer.network, Experts)
         if self.is_moe:
-            self.moe = MoE(model.hidden, layer.network, place, ops, where)
+            self.moe = MoE(model, layer.network, place, ops, where)
         else:
             self.feed_forward = FeedForward(model.hidden, layer.network.width, ops, where)
-        self.counted_experts = model.experts
+        self.counted_experts, self.terms = model.experts, balance.width(model)
         self.hidden = model.hidden
         self.recompute = recompute
 
@@ -92,7 +96,7 @@ class Block(nn.Module):
         segments: Segments,
         noise_seed: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(x_TH, aux_loss, assigned_E, kept_E), as in ``StageOutput``; the last three are 0 if dense."""
+        """(x_TH, terms_W, assigned_E, kept_E), as in ``StageOutput``; the last three are 0 if dense."""
         arguments = (x_TH, cos_TR, sin_TR, segments, noise_seed)
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._compute, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -110,11 +114,12 @@ class Block(nn.Module):
         h_TH = self.feed_forward_norm(x_TH)
         if not self.is_moe:
             none_E = torch.zeros(self.counted_experts, dtype=torch.int64, device=x_TH.device)
-            return x_TH + self.feed_forward(h_TH), x_TH.new_zeros((), dtype=torch.float32), none_E, none_E
-        y_TH, routing = self.moe.compute(h_TH, noise_seed)
+            none_W = x_TH.new_zeros(self.terms, dtype=torch.float32)
+            return x_TH + self.feed_forward(h_TH), none_W, none_E, none_E
+        y_TH, routing, terms_W = self.moe.compute(h_TH, noise_seed, segments)
         kept_E = routing.count_E.clamp(max=routing.capacity)  # an expert's slots fill from 0
         more = self.counted_experts - len(kept_E)  # another layer has more experts
-        return x_TH + y_TH, routing.aux_loss, F.pad(routing.count_E, (0, more)), F.pad(kept_E, (0, more))
+        return x_TH + y_TH, terms_W, F.pad(routing.count_E, (0, more)), F.pad(kept_E, (0, more))
 
     def calls(self, share: Share) -> Calls:
         """Every operation a forward pass calls, with its site and its shapes."""
@@ -179,14 +184,14 @@ class Decoder(nn.Module):
             initialise(self, config)
 
     def forward(
-        self, inputs: torch.Tensor, batch: "Batch", aux_so_far: torch.Tensor | None = None
+        self, inputs: torch.Tensor, batch: "Batch", terms_so_far_W: torch.Tensor | None = None
     ) -> DecoderOutput | StageOutput:
         """One micro-batch.
 
         Args:
             inputs: ``batch.tokens_T`` (int64) where the embedding is here, else the x_TH of the stage before.
             batch: positions, segments, labels and the micro-batch's number.
-            aux_so_far: float32 scalar, the aux_loss of the stage before.
+            terms_so_far_W: float32, the terms of the stage before.
 
         Returns:
             ``DecoderOutput`` where the head is here, else ``StageOutput``.
@@ -194,29 +199,32 @@ class Decoder(nn.Module):
         x_TH = inputs if self.embedding is None else self._embed(inputs)
         tables = self._rotary_tables(batch.positions_T)
         noise_seed = micro_batch_seed(self.config.run.seed, batch.index)
-        aux_loss = x_TH.new_zeros((), dtype=torch.float32) if aux_so_far is None else aux_so_far
+        terms_W = terms_so_far_W
+        if terms_W is None:
+            terms_W = x_TH.new_zeros(balance.width(self.architecture), dtype=torch.float32)
         assigned, kept = [], []
         for place, block in self.layers.items():
             cos_TR, sin_TR = tables[self.architecture.layers[int(place)].attention]
-            x_TH, aux, assigned_E, kept_E = block(x_TH, cos_TR, sin_TR, batch.segments, noise_seed)
-            aux_loss = aux_loss + aux
+            x_TH, added_W, assigned_E, kept_E = block(x_TH, cos_TR, sin_TR, batch.segments, noise_seed)
+            terms_W = terms_W + added_W
             assigned.append(assigned_E)
             kept.append(kept_E)
         assigned_LE, kept_LE = _stack(assigned, x_TH), _stack(kept, x_TH)
         if self.head is None:
-            return StageOutput(x_TH, aux_loss, assigned_LE, kept_LE)
+            return StageOutput(x_TH, terms_W, assigned_LE, kept_LE)
         smoothing = self.config.loss.label_smoothing
         loss_T, correct_T = self.head(self.norm(x_TH), batch.labels_T, smoothing)
-        return DecoderOutput(loss_T, correct_T, aux_loss, assigned_LE, kept_LE)
+        aux_loss, z_loss = balance.losses(self.architecture, terms_W)
+        return DecoderOutput(loss_T, correct_T, aux_loss, z_loss, assigned_LE, kept_LE)
 
     def _rotary_tables(
         self, positions_T: torch.Tensor
-    ) -> dict[arch.Attention, tuple[torch.Tensor, torch.Tensor]]:
+    ) -> dict[arch.Attention | arch.LatentAttention, tuple[torch.Tensor, torch.Tensor]]:
         """Cosine and sine for every kind of attention here; those of equal heads are made once."""
         made, tables = {}, {}
         for place in self.layers:
             sizes = self.architecture.layers[int(place)].attention
-            key = (sizes.rotary, sizes.head_dim)
+            key = (sizes.rotary, sizes.rotary_dim)
             if key not in made:
                 made[key] = rotary_tables(positions_T, *key)
             tables[sizes] = made[key]

@@ -7,6 +7,7 @@ from torch import nn
 
 from portmoe.config import Config
 from portmoe.families import architecture as arch
+from portmoe.model.balance import layer_terms
 from portmoe.model.capacity import expert_capacity
 from portmoe.model.experts import Experts
 from portmoe.model.feed_forward import FeedForward
@@ -14,10 +15,10 @@ from portmoe.model.init import initialise
 from portmoe.model.linear import Linear
 from portmoe.model.noise import layer_generator
 from portmoe.model.reference_table import reference_table
-from portmoe.model.router import Router
+from portmoe.model.router import Router, jitter_noise
 from portmoe.model.share import FP32_BYTES, INDEX_BYTES, Call, Calls, Costs, PartCost, Share, site
 from portmoe.model.sharing import ALL_TOKENS, ALONE, INSIDE, Cut
-from portmoe.ops import OpTable, Routing
+from portmoe.ops import OpTable, Routing, Segments
 from portmoe.ops.gating import running_count
 
 
@@ -34,45 +35,80 @@ class MoE(nn.Module):
         layer: the layer's number in the decoder; it enters the noise.
     """
 
-    cuts: ClassVar[dict[str, Cut]] = {"coefficient.weight": INSIDE, "coefficient.bias": INSIDE}
+    cuts: ClassVar[dict[str, Cut]] = {
+        "coefficient.weight": INSIDE,
+        "coefficient.bias": INSIDE,
+        "shared_gate.weight": INSIDE,
+    }
 
-    def __init__(self, hidden: int, sizes: arch.Experts, layer: int, ops: OpTable, where: str = "") -> None:
+    def __init__(
+        self, model: arch.Architecture, sizes: arch.Experts, layer: int, ops: OpTable, where: str = ""
+    ) -> None:
         super().__init__()
+        hidden = model.hidden
         self.router = Router(sizes.count, hidden, ops.at(where))
         self.experts = Experts(sizes.count, hidden, sizes.width, ops.at(where), even=sizes.gate.drop_tokens)
         if sizes.shared is not None:
             self.shared = FeedForward(hidden, sizes.shared.width, ops, site(where, "shared"))
+        if sizes.shared_gate:
+            self.shared_gate = Linear(hidden, 1, ops, site(where, "shared gate"), bias=False)
         if sizes.residual is not None:
             self.residual = FeedForward(hidden, sizes.residual.width, ops, where)
             self.coefficient = Linear(hidden, 2, ops, site(where, "coefficient"))
-        self.hidden, self.sizes, self.gate = hidden, sizes, sizes.gate
+        self.model, self.hidden, self.sizes, self.gate = model, hidden, sizes, sizes.gate
         self.layer = layer
         self.where = where
         self.ops = ops.at(where)
         self.region, self.tokens = ALONE, ALL_TOKENS
 
-    def compute(self, x_TH: torch.Tensor, noise_seed: int) -> tuple[torch.Tensor, Routing]:
-        """The layer's output and how the micro-batch's tokens were routed.
+    def compute(
+        self, x_TH: torch.Tensor, noise_seed: int, segments: Segments
+    ) -> tuple[torch.Tensor, Routing, torch.Tensor]:
+        """The layer's output, how the micro-batch's tokens were routed, and its terms of the loss [W].
 
         Args:
             noise_seed: with the layer's number it determines all noise.
+            segments: of the micro-batch, over which the load may be balanced.
         """
+        generator = layer_generator(noise_seed, self.layer)
         with self.region.entered(x_TH) as x_TH:
-            routing = self._route(x_TH, layer_generator(noise_seed, self.layer))
+            if self.gate.jitter and self.training:
+                noise_TH = jitter_noise(self.tokens.whole_shape(x_TH), generator, self.gate.jitter)
+                x_TH = x_TH * self.tokens.own(noise_TH).to(x_TH)
+            logits_TE = self._logits(x_TH, generator)
+            routing = self._route(logits_TE, generator)
+            terms_W = layer_terms(self.model, routing, logits_TE, segments)
             y_TH = self.apply_experts(x_TH, routing)
             if self.sizes.shared is not None:
-                y_TH = y_TH + self.shared(x_TH)
+                shared_TH = self.shared(x_TH)
+                if self.sizes.shared_gate:
+                    shared_TH = self.shared_gate(x_TH).sigmoid() * shared_TH
+                y_TH = y_TH + shared_TH
             if self.sizes.residual is not None:
                 c_T2 = self.coefficient(x_TH).float().softmax(-1).to(x_TH.dtype)
                 y_TH = y_TH * c_T2[:, :1] + self.residual(x_TH) * c_T2[:, 1:]
-        self.region.counted_once(routing.aux_loss)
-        return self.region.leave(y_TH), routing
+        self.region.counted_once(terms_W)
+        return self.region.leave(y_TH), routing, terms_W
 
-    def _route(self, x_TH: torch.Tensor, generator: torch.Generator) -> Routing:
+    def _logits(self, x_TH: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """The router's logits of the whole micro-batch."""
+        jitter = self.training and self.gate.noise == "Jitter"
+        return self.tokens.gather(self.router(x_TH, generator if jitter else None))
+
+    def _route(self, logits_TE: torch.Tensor, generator: torch.Generator) -> Routing:
         gate = self.gate
         factor = gate.capacity_factor if self.training else gate.eval_capacity_factor
-        policy = gate.noise if self.training else None
-        logits_TE = self.tokens.gather(self.router(x_TH, generator if policy == "Jitter" else None))
+        if gate.kind == "softmax":
+            return self.ops.softmax_gating(
+                logits_TE,
+                gate.top_k,
+                normalise=gate.normalise,
+                scale=gate.scale,
+                groups=gate.groups,
+                kept_groups=gate.kept_groups,
+                capacity_factor=factor,
+                min_capacity=gate.min_capacity,
+            )
         if gate.kind == "megablock":
             return self.ops.megablock_gating(
                 logits_TE, gate.top_k, factor, drop_tokens=gate.drop_tokens, dropless=gate.dropless
@@ -84,7 +120,7 @@ class MoE(nn.Module):
             gate.min_capacity,
             drop_tokens=gate.drop_tokens,
             use_rts=gate.use_rts,
-            noisy_gate_policy=policy,
+            noisy_gate_policy=gate.noise if self.training else None,
             use_fused_gating=gate.use_fused_gating,
             generator=generator,
         )
@@ -156,6 +192,8 @@ class MoE(nn.Module):
         yield Call("expert_ffn_ragged" if ragged else "expert_ffn", self.where, work)
         for network in self._networks():
             yield from network.calls(share)
+        if sizes.shared_gate:
+            yield from self.shared_gate.call(share, share.inside)
         if sizes.residual is not None:
             yield from self.coefficient.call(share, share.inside)
 
@@ -172,6 +210,8 @@ class MoE(nn.Module):
         yield PartCost("combine", 0, moved + rows * hidden * item)  # its weights' gradient reads rows again
         for network in self._networks():
             yield from network.costs(share)
+        if sizes.shared_gate:
+            yield PartCost("dense network", 2 * tokens * hidden)
         if sizes.residual is not None:
             yield PartCost("dense network", 2 * tokens * 2 * hidden)
 
@@ -182,6 +222,8 @@ class MoE(nn.Module):
         inner = 3 * self.sizes.width * item // share.parts
         kept = share.inside * routed + self.rows(share) * (2 * hidden * item + inner)
         kept += sum(network.kept_bytes(share) for network in self._networks())
+        if self.sizes.shared_gate:  # the output before its gate
+            kept += share.inside * hidden * item
         if self.sizes.residual is not None:  # both outputs and their product with the coefficients
             kept += share.inside * 2 * hidden * item
         return kept
@@ -201,10 +243,10 @@ class MoELayer(MoE):
 
     def __init__(self, config: Config, layer: int = 0, ops: OpTable | None = None) -> None:
         model = config.architecture
-        super().__init__(model.hidden, model.expert_layers[0], layer, ops or reference_table())
+        super().__init__(model, model.expert_layers[0], layer, ops or reference_table())
         self.seed = config.run.seed
         initialise(self, config, prefix=f"layers.{layer}.moe.")
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         """The layer's output; noise, where the config asks for any, is the same in every call."""
-        return self.compute(x_TH, self.seed)[0]
+        return self.compute(x_TH, self.seed, Segments((0, len(x_TH))))[0]

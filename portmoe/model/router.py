@@ -38,7 +38,9 @@ class Router(nn.Module):
         return self.ops.router(x_SH, computed(self.weight, torch.float32))
 
 
-def jitter_noise(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
-    """U(0.99, 1.01), float32, on the CPU as ``generator`` is."""
+def jitter_noise(
+    shape: Sequence[int], generator: torch.Generator, half_width: float = JITTER
+) -> torch.Tensor:
+    """U(1 − half_width, 1 + half_width), float32, on the CPU as ``generator`` is."""
     noise = torch.empty(shape, dtype=torch.float32)
-    return noise.uniform_(1.0 - JITTER, 1.0 + JITTER, generator=generator)
+    return noise.uniform_(1.0 - half_width, 1.0 + half_width, generator=generator)

@@ -16,6 +16,7 @@ from portmoe.ops.rms_norm import RMS_NORM, rms_norm
 from portmoe.ops.rotary import ROTARY, rotary
 from portmoe.ops.router import ROUTER, router
 from portmoe.ops.routing import Routing
+from portmoe.ops.softmax_gating import SOFTMAX_GATING, softmax_gating
 from portmoe.ops.swiglu import SWIGLU, swiglu
 from portmoe.ops.table import OpTable, choose
 from portmoe.ops.topk_gating import TOPK_GATING, topk_gating
@@ -32,6 +33,7 @@ OPERATIONS: dict[str, Operation] = {
         ROUTER,
         TOPK_GATING,
         MEGABLOCK_GATING,
+        SOFTMAX_GATING,
         DISPATCH,
         COMBINE,
         EXPERT_FFN,
@@ -64,6 +66,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "router",
+    "softmax_gating",
     "swiglu",
     "topk_gating",
 ]

@@ -20,9 +20,13 @@ class Segments:
     """Where the segments of a pack lie, as host integers: segment i is offsets[i] … offsets[i+1] − 1.
 
     ``offsets`` starts at 0, rises strictly, and ends at the number of tokens.
+
+    Attributes:
+        padded: the last segment is padding, which enters no loss.
     """
 
     offsets: tuple[int, ...]
+    padded: bool = False
 
     def __post_init__(self) -> None:
         if not self.offsets or self.offsets[0] != 0 or any(a >= b for a, b in pairwise(self.offsets)):
@@ -36,6 +40,16 @@ class Segments:
     @property
     def lengths(self) -> tuple[int, ...]:
         return tuple(b - a for a, b in pairwise(self.offsets))
+
+    @property
+    def real(self) -> int:
+        """The number of tokens that are no padding; they come first."""
+        return self.offsets[-2] if self.padded else self.total
+
+    @property
+    def real_lengths(self) -> tuple[int, ...]:
+        """The lengths of the segments that are no padding."""
+        return self.lengths[:-1] if self.padded else self.lengths
 
     @property
     def equal_length(self) -> int | None:

@@ -22,6 +22,8 @@ class Routing:
         capacity: C, rows an expert has in the static buffer.
         aux_loss: float32 scalar, the load-balancing loss. Differentiable.
         count_E: int64, choices of each expert before drops; they add up to K·S.
+        score_SE: float32, every expert's score, from a gate that leaves it to others to judge how even the
+            load is. Differentiable.
     """
 
     expert_KS: torch.Tensor
@@ -30,6 +32,7 @@ class Routing:
     capacity: int
     aux_loss: torch.Tensor
     count_E: torch.Tensor
+    score_SE: torch.Tensor | None = None
 
     @property
     def kept_KS(self) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """Pipeline parallelism by torch.distributed.pipelining: 1F1B, and interleaved 1F1B with ``model.num_chunks``.
 
-Between the stages travel the hidden states and the running sum of the auxiliary losses, and back their
-gradients, so that the last stage's objective trains every router as it does without a pipeline. All else a
-stage needs of a micro-batch it reads itself: the stages of one data-parallel rank load the same data, and
-the schedule hands on no more than the micro-batch's number.
+Between the stages travel the hidden states and the running sums of the auxiliary losses' terms, and back
+their gradients, so that the last stage's objective trains every router as it does without a pipeline. All
+else a stage needs of a micro-batch it reads itself: the stages of one data-parallel rank load the same data,
+and the schedule hands on no more than the micro-batch's number.
 """
 
 import logging
@@ -22,6 +22,7 @@ from torch.distributed.pipelining import (
 
 from portmoe.config import Config
 from portmoe.data.batch import Batch
+from portmoe.model import balance
 from portmoe.model.decoder import Decoder, DecoderOutput, StageOutput
 from portmoe.model.precision import compute_dtype
 from portmoe.parallel import zero
@@ -112,13 +113,14 @@ class Pipeline:
         )
 
     def _between_stages(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The shapes and types of the hidden states and of the auxiliary loss."""
+        """The shapes and types of the hidden states and of the terms of the auxiliary losses."""
         shape = (
             self._layout.tokens_per_micro_batch // self._layout.sequence,
             self._config.architecture.hidden,
         )
         x_TH = torch.empty(shape, dtype=compute_dtype(self._config.model), device="meta", requires_grad=True)
-        return x_TH, torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
+        terms = balance.width(self._config.architecture)
+        return x_TH, torch.empty(terms, dtype=torch.float32, device="meta", requires_grad=True)
 
 
 class _StageCall(nn.Module):
@@ -132,10 +134,10 @@ class _StageCall(nn.Module):
 
     def forward(self, *received: torch.Tensor, number: torch.Tensor) -> tuple[torch.Tensor, ...]:
         batch = self.batches[int(number)]
-        x, aux_so_far = received or (batch.tokens_T, None)
-        output = self.decoder(x, batch, aux_so_far)
+        x, terms_so_far_W = received or (batch.tokens_T, None)
+        output = self.decoder(x, batch, terms_so_far_W)
         objective = self.consume(batch, output)
-        return (output.x_TH, output.aux_loss) if isinstance(output, StageOutput) else (objective,)
+        return (output.x_TH, output.terms_W) if isinstance(output, StageOutput) else (objective,)
 
 
 class _TimedStage(PipelineStage):

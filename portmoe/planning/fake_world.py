@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import (
 from portmoe.config import Config
 from portmoe.data.batch import Batch
 from portmoe.families.architecture import Layer
+from portmoe.model import balance
 from portmoe.model.decoder import Decoder, StageOutput
 from portmoe.model.precision import compute_dtype
 from portmoe.model.share import FP32_BYTES
@@ -158,17 +159,20 @@ def _updates(decoder: Decoder) -> Traffic:
 def _pass(config: Config, layout: Layout, decoder: Decoder, last: bool) -> Traffic:
     """A forward and a backward pass of one micro-batch."""
     batch = _batch(layout)
-    inputs, aux_so_far = batch.tokens_T, None
+    inputs, terms_so_far_W = batch.tokens_T, None
     if decoder.embedding is None:
         tokens = len(batch.tokens_T) // layout.sequence
         shape, dtype = (tokens, config.architecture.hidden), compute_dtype(config.model)
         inputs = torch.zeros(shape, dtype=dtype, requires_grad=True)
-        aux_so_far = torch.zeros((), requires_grad=True)
+        terms_so_far_W = torch.zeros(balance.width(config.architecture), requires_grad=True)
     with Counted() as counted:
         zero.begin_micro_batch(decoder, last)
-        output = decoder(inputs, batch, aux_so_far)
-        result = output.x_TH.float() if isinstance(output, StageOutput) else output.loss_T
-        (result.sum() + output.aux_loss).backward()
+        output = decoder(inputs, batch, terms_so_far_W)
+        if isinstance(output, StageOutput):
+            objective = output.x_TH.float().sum() + output.terms_W.sum()
+        else:
+            objective = output.loss_T.sum() + output.aux_loss + output.z_loss
+        objective.backward()
     return counted.traffic
 
 
@@ -180,10 +184,13 @@ def _batch(layout: Layout) -> Batch:
 
 
 def _add_stage_messages(traffic: Traffic, config: Config, layout: Layout, meshes: Meshes) -> None:
-    """Hidden states and auxiliary loss to the next stage, their gradients back, for each micro-batch."""
+    """For each micro-batch hidden states and auxiliary terms to the next stage, their gradients back."""
     group = meshes.pipeline.get_group().group_name
     hidden = config.architecture.hidden * compute_dtype(config.model).itemsize
-    sizes = (layout.tokens_per_micro_batch // layout.sequence * hidden, FP32_BYTES)
+    sizes = (
+        layout.tokens_per_micro_batch // layout.sequence * hidden,
+        balance.width(config.architecture) * FP32_BYTES,
+    )
     last = len(split_stages(config)) - 1
     for stage in stages_of(config, meshes.pipeline.get_local_rank()):
         neighbours = (stage.number > 0) + (stage.number < last)

@@ -20,6 +20,7 @@ OPTIMIZER, WAITING = "optimizer", "waiting"
 OPERATIONS = {
     "topk_gating": "router",
     "megablock_gating": "router",
+    "softmax_gating": "router",
     "dispatch": "dispatch",
     "combine": "combine",
     "cross_entropy": "loss",

@@ -21,9 +21,9 @@ class StepTotals:
     """One step's figures over the whole global batch, the same on every rank.
 
     ``loss`` is the mean over micro-batches of each one's mean over labelled tokens, nan where the whole batch
-    has none, and ``aux_loss`` the mean over micro-batches of the sum over layers; the per-type lists follow
-    ``DATA_TYPES`` and count labelled tokens; ``assigned`` and ``kept`` count assignments per
-    expert over all layers, before and after drops.
+    has none, and ``aux_loss`` and ``z_loss`` the means over micro-batches of the losses of all layers; the
+    per-type lists follow ``DATA_TYPES`` and count labelled tokens; ``assigned`` and ``kept`` count
+    assignments per expert over all layers, before and after drops.
     ``segments`` is the first data-parallel rank's number, as the benchmark logs it; ``largest_length`` is
     the longest segment in tokens, ``largest_batch`` and ``smallest_batch`` the most and fewest segments of a
     micro-batch. ``data_crc32`` is the sum of the micro-batches' checksums.
@@ -31,6 +31,7 @@ class StepTotals:
 
     loss: float
     aux_loss: float
+    z_loss: float
     tokens: list[int]
     correct: list[int]
     loss_sums: list[float]
@@ -51,7 +52,7 @@ class StepResult:
     Attributes:
         totals: the sums and means over the global batch.
         step: counted from 0.
-        moe_loss: the auxiliary term as it entered the training loss, times ``loss.moe_loss_coeff``.
+        moe_loss: the auxiliary terms as they entered the training loss, times their coefficients.
         grad_norms: by parameter group, as ``model.parameters`` names them.
         layer_grad_norms: by parameter group, then embedding, every layer in order, final norm with head.
         learning_rate, beta2, loss_scale: as used in this step.

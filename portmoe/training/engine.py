@@ -14,6 +14,7 @@ from portmoe.accelerator.interface import BufferPool
 from portmoe.config import Config
 from portmoe.costs.parameters import merged, parameter_groups
 from portmoe.data.batch import Batch
+from portmoe.families.architecture import Balance
 from portmoe.model.decoder import DecoderOutput, StageOutput
 from portmoe.model.init import initialise
 from portmoe.ops.cross_entropy import IGNORED
@@ -67,7 +68,7 @@ class Engine(ABC):
     def __init__(self, config: Config, device: torch.device) -> None:
         self.loss_scale = LossScale(config.grad_scaler, config.model.dtype)
         self._config = config
-        self._experts = config.architecture.experts
+        self._experts, self._balance = config.architecture.experts, config.architecture.balance
         self._device = device
         self._backward_clock = Stopwatch(device)
         self._step_clock = Stopwatch(device)
@@ -87,7 +88,7 @@ class Engine(ABC):
             metrics.add(batch, output, loss)
             if loss is None:
                 return None
-            return (loss + self._config.loss.moe_loss_coeff * output.aux_loss) * (scale / len(batches))
+            return objective_of(loss, output, self._balance) * (scale / len(batches))
 
         self.model.train()
         self._step_clock.start()
@@ -242,6 +243,12 @@ class NativeEngine(Engine):
     def load_state(self, state: dict) -> None:
         super().load_state(state)
         self.optimizer.updates = state["updates"]
+
+
+def objective_of(loss: torch.Tensor, output: DecoderOutput, balance: Balance) -> torch.Tensor:
+    """What a micro-batch is differentiated by: its mean loss and the auxiliary losses."""
+    objective = loss + balance.coefficient * output.aux_loss
+    return objective + balance.z * output.z_loss if balance.z else objective
 
 
 def mean_loss(output: DecoderOutput | StageOutput, batch: Batch) -> torch.Tensor | None:

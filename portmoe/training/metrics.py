@@ -37,13 +37,13 @@ class StepMetrics:
         """
         types = len(DATA_TYPES)
         if loss is None:
-            of_head = torch.zeros(2 + 3 * types, device=output.x_TH.device)
+            of_head = torch.zeros(3 + 3 * types, device=output.x_TH.device)
         else:
             labelled_T = (batch.labels_T != IGNORED).float()
             correct_T = output.correct_T.float() * labelled_T
             per_type = torch.stack((labelled_T, correct_T, output.loss_T.detach()))
             by_type = torch.zeros(3, types, device=loss.device).index_add_(1, batch.types_T, per_type)
-            losses = torch.stack((loss.detach().float(), output.aux_loss.detach().float()))
+            losses = torch.stack((loss.detach(), output.aux_loss.detach(), output.z_loss.detach())).float()
             of_head = torch.cat((losses, by_type.flatten()))
         counts = (output.assigned_LE.sum(0).float(), output.kept_LE.sum(0).float())
         self._sums.append(torch.cat((of_head, *counts)))
@@ -76,14 +76,15 @@ class StepMetrics:
     ) -> StepTotals:
         types, experts = len(DATA_TYPES), self._experts
         scalars, tokens, correct, losses, assigned, kept = sums.split(
-            (2, types, types, types, experts, experts)
+            (3, types, types, types, experts, experts)
         )
-        loss, aux_loss = (scalars / micro_batches).tolist()
+        loss, aux_loss, z_loss = (scalars / micro_batches).tolist()
         if not tokens.any():
             loss = math.nan  # a mean of nothing, and 0 by its arithmetic only
         return StepTotals(
             loss=loss,
             aux_loss=aux_loss,
+            z_loss=z_loss,
             tokens=[int(n) for n in tokens],
             correct=[int(n) for n in correct],
             loss_sums=losses.tolist(),

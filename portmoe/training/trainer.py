@@ -43,6 +43,7 @@ class Trainer:
         self.progress = session.progress
         self._session = session
         self._config = session.config
+        self._balance = session.config.architecture.balance
         self._engine = session.engine
         self._accelerator = session.machine.accelerator
         self._layout = session.machine.layout
@@ -128,7 +129,7 @@ class Trainer:
         return StepResult(
             totals=totals,
             step=step,
-            moe_loss=self._config.loss.moe_loss_coeff * totals.aux_loss,
+            moe_loss=self._balance.coefficient * totals.aux_loss + self._balance.z * totals.z_loss,
             grad_norms=outcome.gradient_norms,
             layer_grad_norms=outcome.layer_gradient_norms,
             learning_rate=outcome.learning_rate,

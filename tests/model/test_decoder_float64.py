@@ -266,7 +266,7 @@ def test_two_stages_are_the_whole_model():
     for stage in (first, last):
         stage.load_state_dict({name: values[name] for name in stage.state_dict()})
     handed = first(batch.tokens_T, batch)
-    output = last(handed.x_TH, batch, handed.aux_loss)
+    output = last(handed.x_TH, batch, handed.terms_W)
     expected = whole(batch.tokens_T, batch)
     assert torch.equal(output.loss_T, expected.loss_T)
     assert torch.equal(output.aux_loss, expected.aux_loss)

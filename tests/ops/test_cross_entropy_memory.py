@@ -22,7 +22,7 @@ function, memory = locals()[sys.argv[1]], get_accelerator("cpu").memory
 x_TH, weight_VH = torch.randn({T}, {H}, requires_grad=True), torch.randn({V}, {H}, requires_grad=True)
 labels_T = torch.randint({V}, ({T},))
 peaks = []
-for _ in range(4):  # the first call also loads libraries; what the allocator keeps differs from one to the next
+for _ in range(4):  # the first call also loads libraries, and what the allocator keeps differs
     x_TH.grad = weight_VH.grad = None
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

@@ -21,7 +21,6 @@ from portmoe.config.messages import sections, shorten, violations
 from portmoe.config.read import parse_config, read_text
 from portmoe.config.schema import Config
 from portmoe.errors import ConfigError
-from portmoe.families.registry import DEFAULT, families
 
 # Later releases moved keys between the sections.
 MOVED = {"model.top_k": "moe.top_k"}
@@ -143,11 +142,11 @@ def _of_one_type(leaves: Sequence[_Leaf], left_out: list[LeftOut]) -> list[_Leaf
     given = next((leaf for leaf in leaves if leaf.path == "model_type"), None)
     if given is not None and given.value != MODEL_TYPE:
         return list(leaves)
-    experts = [leaf for leaf in leaves if leaf.path == "model.num_experts" and leaf.value != 1]
-    left_out += [LeftOut(leaf.path, _shown(leaf.value), leaf.line, DENSE) for leaf in experts]
-    dense = MODEL_TYPE if MODEL_TYPE in families() else DEFAULT  # with one expert it is the same model
+    experts = [leaf for leaf in leaves if leaf.path == "model.num_experts"]
+    several = [leaf for leaf in experts if leaf.value != 1]
+    left_out += [LeftOut(leaf.path, _shown(leaf.value), leaf.line, DENSE) for leaf in several]
     kept = [leaf for leaf in leaves if leaf not in experts and leaf is not given]
-    return [*kept, _Leaf("model_type", dense, given.line if given else 0)]
+    return [*kept, _Leaf("model_type", MODEL_TYPE, given.line if given else 0)]
 
 
 def _notes(tree: dict[str, Any]) -> list[str]:

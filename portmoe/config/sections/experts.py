@@ -12,14 +12,16 @@ class MoeConfig(Section):
     """The router and the expert buffers."""
 
     top_k: Experts = 2
-    capacity_factor: Factor = 1.0
-    eval_capacity_factor: Factor = 1.0
+    capacity_factor: Factor | None = 1.0  # null: dropless
+    eval_capacity_factor: Factor | None = 1.0  # null: as in training
     min_capacity: Annotated[int, Field(ge=0, le=LARGEST_SIZE)] = 4
     noisy_gate_policy: Literal["Jitter", "RSample"] | None = None
     drop_tokens: bool = True
     use_rts: bool = True
     use_fused_gating: Annotated[bool, Key(asks_for=("topk_gating",))] = True
     enable_token_rearrange_opt: Annotated[bool, Key(same_run=True, asks_for=("dispatch", "combine"))] = True
+    # which loss evens the load: the model's own, the benchmark's with loss.moe_loss_coeff, or none
+    aux_loss: Literal["model", "gshard", "none"] = "model"
     use_tutel: Annotated[bool, Key(same_run=True, asks_for=("topk_gating",))] = False
 
     @model_validator(mode="after")

@@ -54,6 +54,7 @@ class LossConfig(Section):
 
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     moe_loss_coeff: NonNegative = 0.1
+    z_loss_coeff: NonNegative = 0.0  # of the routers' z-loss
 
 
 class AdamConfig(Section):

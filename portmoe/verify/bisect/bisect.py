@@ -30,7 +30,7 @@ from portmoe.parallel.layout import Layout
 from portmoe.planning.memory_check import require_memory
 from portmoe.record.origin import of_report
 from portmoe.record.progress import Progress
-from portmoe.training.engine import mean_loss
+from portmoe.training.engine import mean_loss, objective_of
 from portmoe.training.loss_scale import LossScale
 from portmoe.training.operations import choose_operations
 from portmoe.training.schedule import beta2, learning_rate
@@ -205,7 +205,7 @@ def _step(
     output = model(batch.tokens_T, batch)
     loss = mean_loss(output, batch)
     scale = LossScale(config.grad_scaler, config.model.dtype).scale
-    ((loss + config.loss.moe_loss_coeff * output.aux_loss) * scale).backward()
+    (objective_of(loss, output, model.architecture.balance) * scale).backward()
     return Step(model, recorder.calls, loss.item(), output.aux_loss.item())
 
 

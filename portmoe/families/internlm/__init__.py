@@ -1,0 +1,1 @@
+"""InternLM, dense: the benchmark's framework without experts."""

@@ -1,0 +1,87 @@
+"""How evenly the load lies on the experts, as terms of the loss.
+
+Each layer gives a vector of terms, which are added up over the layers, also from one pipeline stage to the
+next, and become losses at the head: so a loss over all layers' tokens together is the same in every layout.
+"""
+
+import torch
+
+from portmoe.families.architecture import Architecture
+from portmoe.ops import Routing, Segments
+from portmoe.ops.gating import balance_loss, running_count
+
+LOSSES = 2  # the sum of the layers' balance losses, and that of their z-losses
+
+
+def width(model: Architecture) -> int:
+    """W, the number of terms: over the whole model, also each expert's share of choices and mean score."""
+    return LOSSES + (2 * model.experts if model.balance.over == "model" else 0)
+
+
+def layer_terms(
+    model: Architecture, routing: Routing, logits_TE: torch.Tensor, segments: Segments
+) -> torch.Tensor:
+    """The terms [W] of one layer, float32, differentiable.
+
+    The balance loss of a layer is, with f_e expert e's share of the choices and P_e its mean score,
+
+    * "gate": what the gate says itself;
+    * "first choice": E · Σ f_e P_e, f of first choices only (Lepikhin et al. 2020, arXiv:2006.16668);
+    * "layer": E · Σ f_e P_e (Fedus et al. 2021, arXiv:2101.03961);
+    * "sequence": the mean of that over the segments (Liu et al. 2024, arXiv:2405.04434);
+    * "model": none by itself; each f_e · K and P_e is a term, for ``losses``.
+
+    The z-loss is the mean of log²(Σ exp logits) (Zoph et al. 2022, arXiv:2202.08906). Padding enters nowhere.
+    """
+    real = segments.real
+    over, score_SE = model.balance.over, routing.score_SE
+    zero, parts = logits_TE.new_zeros(()), []
+    if over == "gate":
+        loss = routing.aux_loss
+    elif over == "none" or real == 0:
+        loss, parts = zero, [logits_TE.new_zeros(width(model) - LOSSES)]
+    elif over == "first choice":
+        first_E = running_count(routing.expert_KS[0, :real], score_SE.shape[1])[1]
+        loss = balance_loss(score_SE[:real], first_E, 1)
+    elif over == "sequence":
+        loss = _of_sequences(score_SE[:real], routing.expert_KS[:, :real], segments)
+    else:
+        expert_KS, experts = routing.expert_KS[:, :real], score_SE.shape[1]
+        whole = real == expert_KS.shape[1] == routing.expert_KS.shape[1]
+        count_E = routing.count_E if whole else running_count(expert_KS.flatten(), experts)[1]
+        loss = zero
+        if over == "layer":
+            loss = balance_loss(score_SE[:real], count_E, len(expert_KS))
+        else:
+            parts = [count_E / real, score_SE[:real].mean(0)]
+    z = logits_TE[:real].logsumexp(-1).square().mean() if model.balance.z and real else zero
+    return torch.cat((torch.stack((loss, z)), *parts))
+
+
+def losses(model: Architecture, terms_W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The balance loss and the z-loss of a micro-batch, not yet multiplied by their coefficients.
+
+    Over the whole model: E · Σ_e f_e P_e, f_e (choices a token, so that they add up to K) and P_e being
+    means over the tokens of all layers together (the code published with Jiang et al. 2024,
+    arXiv:2401.04088).
+    """
+    loss, z = terms_W[:LOSSES].unbind()
+    if model.balance.over == "model":
+        layers = len(model.expert_layers)
+        share_E, score_E = (terms_W[LOSSES:] / max(1, layers)).chunk(2)
+        loss = model.experts * (share_E * score_E).sum()
+    return loss, z
+
+
+def _of_sequences(score_TE: torch.Tensor, expert_KT: torch.Tensor, segments: Segments) -> torch.Tensor:
+    """mean over segments b of Σ_e (count_be · E / (K · length_b)) · mean over b of score_e."""
+    choices, experts = len(expert_KT), score_TE.shape[1]
+    lengths = segments.real_lengths
+    device = score_TE.device
+    length_B = torch.tensor(lengths, dtype=torch.float32).to(device)
+    segment_T = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
+    score_BE = score_TE.new_zeros(len(lengths), experts).index_add_(0, segment_T, score_TE)
+    place_KT = segment_T * experts + expert_KT
+    count_BE = running_count(place_KT.flatten(), len(lengths) * experts)[1].view_as(score_BE)
+    of_segment_B = (score_BE * count_BE).sum(1) * experts / (choices * length_B.square())
+    return of_segment_B.mean()
