@@ -55,6 +55,7 @@ class LazyGroup(click.Group):
         "config": ("portmoe.cli.config:config", "Print a config with every key resolved, or import one."),
         "validate": ("portmoe.cli.validate:validate", "Show that a backend computes what it must."),
         "compare": ("portmoe.cli.compare:compare", "Compare two runs of one config."),
+        "replay": ("portmoe.cli.replay:replay", "Compute recorded steps again, from their checkpoints."),
         "bisect": ("portmoe.cli.bisect:bisect", "Name the first operation a backend computes wrong."),
         "check-env": ("portmoe.cli.check_env:check_env", "Check what this machine can train on."),
     },

@@ -156,12 +156,12 @@ def _is_free(path: Path, config: Config, data: Data) -> bool:
         and first_difference(former, config, *_compared(path, config, data)) is None
         and not _finished(path)
         and config.ckpt.auto_resume
-        and bool(complete_steps(_checkpoints(path, config)))
+        and bool(complete_steps(checkpoints_of(path, config)))
     )
 
 
 def _enter(path: Path, lock: Lock, config: Config, data: Data) -> RunDirectory:
-    checkpoints = _checkpoints(path, config)
+    checkpoints = checkpoints_of(path, config)
     saved = bool(complete_steps(checkpoints))
     if saved or _has_history(path):
         _require_same_run(path, config, *_compared(path, config, data))
@@ -252,7 +252,8 @@ def _former_config(path: Path) -> Config | None:
         return None
 
 
-def _checkpoints(path: Path, config: Config) -> Path:
+def checkpoints_of(path: Path, config: Config) -> Path:
+    """Where the run in ``path`` keeps its checkpoints."""
     folder = config.ckpt.save_ckpt_folder
     return path / "checkpoints" if folder is None else _given_path("ckpt.save_ckpt_folder", folder)
 

@@ -39,7 +39,7 @@ def train(
         places = gather_places(machine.ranks, machine.device, session.world)
         session.writers.note(start_block(_facts(session, placement(places))))
         began = time.perf_counter()
-        ending = Trainer(session, _profile(session) if profile else None).fit(_throughput(session))
+        ending = Trainer(session, _profile(session) if profile else None).fit(throughput_of(session))
         state, reason = _told(ending, config)
         session.run.end(state)
         if machine.ranks.rank == 0:
@@ -60,7 +60,8 @@ def train(
     return ending.signal
 
 
-def _throughput(session: Session) -> Throughput:
+def throughput_of(session: Session) -> Throughput:
+    """A fresh count of this run's speed."""
     config, machine = session.config, session.machine
     return Throughput(
         machine.layout.world,
