@@ -39,7 +39,7 @@ class Row(NamedTuple):
     Attributes:
         status: an icon before the first cell; "": none.
         anchor: the line's name, that ``target`` of another one, or of a bar, leads to.
-        target: the anchor of a line that says more.
+        target: the anchor of a line that says more, or "./" and a file beside the page.
     """
 
     status: Status | str
@@ -143,7 +143,8 @@ def _row(row: Row) -> str:
     for number, cell in enumerate(row.cells):
         text = escape(cell)
         if row.target and not number:
-            text = f'<a href="#{row.target}">{text}</a>'
+            href = row.target if row.target.startswith("./") else f"#{row.target}"
+            text = f'<a href="{escape(href)}">{text}</a>'
         cells.append(f"<td class=n>{text}</td>" if _is_number(cell) else f"<td>{text}</td>")
     name = f' id="{row.anchor}"' if row.anchor else ""
     state = f" class={row.status}" if row.status else ""
