@@ -2,14 +2,15 @@
 
 import json
 import sys
+from pathlib import Path
 
 import click
 
 from portmoe.accelerator.discovery import AUTO
-from portmoe.errors import BackendError
-from portmoe.record.origin import of_report
+from portmoe.errors import BackendError, ConfigError
 from portmoe.record.progress import Progress
 from portmoe.record.terminal import terminal
+from portmoe.verify.machine.page import html
 from portmoe.verify.machine.survey import survey
 from portmoe.verify.machine.text import render
 
@@ -25,13 +26,16 @@ COLOURS = {"OK": "green", "WARN": "yellow", "FAIL": "red"}
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 @click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), default=None, help="An HTML page of the report."
+)
+@click.option(
     "--timeout",
     type=click.FloatRange(1, 3600),
     default=120,
     show_default=True,
     help="Seconds one check may take before it counts as failed.",
 )
-def check_env(backend: str, as_json: bool, timeout: float) -> None:
+def check_env(backend: str, as_json: bool, out: Path | None, timeout: float) -> None:
     """Check what this machine can train on, and say how to repair what cannot.
 
     Ends with exit code 3 if the backend asked for (for auto: every backend) cannot train.
@@ -39,9 +43,13 @@ def check_env(backend: str, as_json: bool, timeout: float) -> None:
     with Progress(terminal(sys.stderr)) as progress:
         report = survey(backend, timeout, lambda what: progress(f"checking {what}"))
     if as_json:
-        document = {**report.as_dict(), "provenance": of_report()}
-        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        click.echo(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
     else:
         click.echo(render(report, lambda level, tag: click.style(tag, fg=COLOURS[level])))
+    if out is not None:
+        try:
+            out.write_text(html(report), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--out {str(out)!r} cannot be written: {error.strerror}") from error
     if not report.can_train:
         sys.exit(BackendError.exit_code)

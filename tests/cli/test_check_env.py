@@ -18,8 +18,9 @@ def check_env(*arguments, **environment):
     return done
 
 
-def test_a_healthy_backend_is_reported_as_json_with_exit_code_0():
-    done = check_env("--backend", "cpu", "--json")
+def test_a_healthy_backend_is_reported_as_json_and_as_a_page_with_exit_code_0(tmp_path):
+    page = tmp_path / "page.html"
+    done = check_env("--backend", "cpu", "--json", "--out", str(page))
     assert done.returncode == 0, done.stdout
     report = json.loads(done.stdout)
     assert report["can_train"] is True
@@ -30,6 +31,10 @@ def test_a_healthy_backend_is_reported_as_json_with_exit_code_0():
     operations = report["backends"]["cpu"]["operations"]
     for operation in operations.values():
         assert all(candidate["reason"] for candidate in operation["candidates"])
+    assert report["provenance"]["command"].endswith(f"check-env --backend cpu --json --out {page}")
+    text = page.read_text(encoding="utf-8")
+    assert "✓ passed</span> This machine can train on cpu.</h1>" in text
+    assert all(f"<td>{operation}</td>" in text for operation in operations)
 
 
 ABSENT = """
@@ -49,12 +54,17 @@ def accelerator():
 """
 
 
-def test_a_backend_that_cannot_train_ends_with_exit_code_3_and_a_fix_line(install):
+def test_a_backend_that_cannot_train_ends_with_exit_code_3_and_a_fix_line(install, tmp_path):
     install("absent_package", ABSENT, "portmoe.backends", "absent")
-    done = check_env("--backend", "absent")
+    page = tmp_path / "page.html"
+    done = check_env("--backend", "absent", "--out", str(page))
     assert done.returncode == 3
     for part in ("[FAIL]", "no toy card", "fix: buy one", "driver: none"):
         assert part in done.stdout
+    before, _, after = page.read_text(encoding="utf-8").partition("</header>")
+    assert "✗ failed</span> This machine cannot train on absent.</h1>" in before
+    assert "<tr class=fail><td>probe</td><td>no toy card</td><td>buy one</td></tr>" in before
+    assert "cannot train" in after
 
 
 def test_a_backend_nobody_registered_is_a_usage_error():

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from portmoe.verify.bring_up import hour as module
 from portmoe.verify.bring_up.__main__ import bring_up
 from portmoe.verify.bring_up.hour import STAGES, Finding, Hour, judged
-from portmoe.verify.bring_up.summary import cleaned, private_words, write
+from portmoe.verify.bring_up.summary import cleaned, html, private_words, write
 from portmoe.verify.machine.child import Outcome
 
 
@@ -101,8 +101,25 @@ def test_names_of_the_machine_and_its_user_are_taken_out(tmp_path, monkeypatch):
     assert (
         tmp_path / "deep" / "said.txt"
     ).read_text() == "USER@HOST HERE/x ~/y HOST ADDRESS 127.0.0.1 mariette"
-    assert json.loads((tmp_path / "summary.json").read_text())["findings"][0]["stage"] == "environment"
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["findings"][0]["stage"] == "environment"
+    assert summary["provenance"]["host"] == "HOST"
+    assert '<a href="./environment.json">cpu</a>' in (tmp_path / "SUMMARY.html").read_text()
     assert "pass      environment" in (tmp_path / "SUMMARY.txt").read_text()
+
+
+def test_the_page_says_first_what_failed_and_how_to_go_on_without_it(tmp_path):
+    found = [
+        Finding("functions", "a.one", "died", "ended by SIGSEGV", 1.0, "functions/a.one.txt"),
+        Finding("functions", "a.two", "not taken", "no page", 0.0),
+        Finding("bisect", "static", "fail", "an operation is wrong", 2.0),
+    ]
+    before, _, after = html(hour(tmp_path, findings=found)).partition("</header>")
+    assert "✗ failed</span> functions: a.one and 1 more failed.</h1>" in before
+    assert before.count("<tr class=fail>") == 2
+    assert "disable: [a.one]" in before
+    assert "<tr class=skip><td>a.two</td>" in after
+    assert "✓ passed" in html(hour(tmp_path, findings=found[1:2]))
 
 
 def test_common_words_are_left_alone_and_short_names_are_not(monkeypatch):

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from portmoe.record.origin import of_report
 from portmoe.result import Result
 
 # How the report shows a result's status.
@@ -61,6 +62,7 @@ class Report:
             "can_train": self.can_train,
             "auto": self.auto,
             "versions": self.versions,
+            "provenance": of_report(),
             "checks": _as_dicts(self.findings),
             "backends": {
                 backend.name: {
