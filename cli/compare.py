@@ -16,16 +16,26 @@ RUN = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), default=None, help="An HTML page with plots."
 )
-def compare(first: Path, second: Path, out: Path | None) -> None:
+@click.option(
+    "--twin",
+    "twins",
+    multiple=True,
+    type=RUN,
+    help="A twin of one of the two, from `portmoe train --twin N`; without any, those that lie beside it "
+    "(RUN_A-twin1, …). May be repeated.",
+)
+def compare(first: Path, second: Path, out: Path | None, twins: tuple[Path, ...]) -> None:
     """Compare two run directories of one config, trained on two backends or in two layouts.
 
-    Ends with exit code 4 if the runs are further apart than rounding explains.
+    Rounding grows in training: twins of the first run show how fast. As far as they agree, steps are
+    compared one by one, beyond as a distribution; without twins only the first steps are. Ends with exit
+    code 4 if the runs are further apart than rounding explains.
     """
     from portmoe.verify.runs import comparison_report
     from portmoe.verify.runs.comparison import compare as compare_runs
-    from portmoe.verify.runs.comparison import read_run
+    from portmoe.verify.runs.recorded import read_run
 
-    found = compare_runs(read_run(first), read_run(second))
+    found = compare_runs(read_run(first), read_run(second), twins)
     click.echo(comparison_report.text(found))
     if out is not None:
         try:

@@ -1,58 +1,72 @@
-"""Two runs of one config, on two backends or layouts: are they the same run?"""
+"""Two runs of one config, on two backends or layouts: are they the same run?
 
-import json
+Steps are held together one by one as far as rounding lets them: so far as twins agree, or, without any, as long as
+no weight can have moved far. Beyond, twins show what a distribution of right runs looks like.
+"""
+
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
-from portmoe.config import Config
-from portmoe.config.read import load_config
-from portmoe.data.fingerprint import described
 from portmoe.errors import ConfigError
-from portmoe.record.run_directory import CONFIG, DATA, first_difference
-from portmoe.record.writers import METRICS, read_metrics
-from portmoe.verify.runs.curves import (
-    LAYER_NORM,
-    Distance,
-    LossFigures,
-    distance,
-    group_norms,
-    layer_norms,
-    loss_figures,
-)
+from portmoe.record.report import ACCEPTANCE_LOSS, ACCEPTANCE_STEP
+from portmoe.training.schedule import learning_rate
+from portmoe.verify.runs.curves import LAYER_NORM, Distance, LossFigures, distance, loss_figures
+from portmoe.verify.runs.distribution import Figure, figures
+from portmoe.verify.runs.quantities import Kind, Quantity, Records, column, quantities
+from portmoe.verify.runs.recorded import Run, read_run, require_same_run
 from portmoe.verify.runs.thresholds import Thresholds, thresholds_of
+from portmoe.verify.runs.twins import FACTOR, Twins, twins_of
 
+__all__ = ["Comparison", "Judged", "Run", "compare", "read_run"]
 
-@dataclass(frozen=True)
-class Run:
-    """One run directory, read."""
-
-    path: Path
-    config: Config
-    backend: str  # "unknown" where environment.json is missing
-    ranks: int
-    steps: list[dict[str, Any]]
-    data: Mapping[str, Any] | None = None  # what it was trained on; older runs do not say
-
-    @property
-    def name(self) -> str:
-        """The run as reports name it: where it lies and what made it."""
-        return f"{self.path} ({self.backend}, {self.ranks} rank{'s' if self.ranks != 1 else ''})"
+# Without twins steps are judged while the learning rates so far add up to no more than this: Adam moves a weight
+# by at most about its learning rate a step, and with it whatever rounding has made of it.
+SAFE_MOVES = 2.5e-3
+UNJUDGED = sys.float_info.max  # only a number that one run lacks is beyond it
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A distance, the band it must keep, and the first step outside, counted as in the runs."""
+    """A distance, the bands it must keep step by step, and what is judged of its later steps.
+
+    Attributes:
+        bands: by step, as far as steps are judged one by one.
+        spread: of the twins, by step; nothing without twins.
+        left_at: the first step outside its band, counted as in the runs.
+        later: the figures of the steps after those.
+    """
 
     distance: Distance
-    band: float
+    bands: Sequence[float]
     left_at: int | None
+    spread: Sequence[float] = ()
+    later: Sequence[Figure] = ()
+
+    @property
+    def band(self) -> float:
+        """The narrowest band after the first step, which may have one of its own."""
+        return min(self.bands[1:] or self.bands or [math.nan])
+
+    @property
+    def largest(self) -> float:
+        """The largest deviation among the steps judged one by one; nan where there is none."""
+        judged = self.distance.relative[: len(self.bands)]
+        return max((r for r in judged if not math.isnan(r)), default=math.nan)
+
+    @property
+    def share(self) -> float:
+        """The largest share that was needed of what is allowed, of a step's band or of a later figure."""
+        steps = zip(self.distance.relative, self.bands, strict=False)
+        shares = [r / band for r, band in steps if not math.isnan(r)]
+        return max([*shares, *(f.value / f.allowed for f in self.later)], default=math.nan)
 
     @property
     def passed(self) -> bool:
-        return self.left_at is None
+        return self.left_at is None and all(figure.passed for figure in self.later)
 
 
 @dataclass(frozen=True)
@@ -61,8 +75,10 @@ class Comparison:
 
     Attributes:
         loss: the benchmark's figures, over all common steps.
-        quantities: loss, auxiliary loss, dropped tokens and gradient norms, judged over the first common
-            steps, as many as ``thresholds`` says.
+        quantities: loss, auxiliary loss, dropped tokens, gradient norms and the experts' load.
+        until: how many steps the losses are judged one by one.
+        twins: what shows how far rounding carries; None without any.
+        accepted: whether each run meets the benchmark's acceptance; None where it does not apply.
         notes: what could not be compared.
     """
 
@@ -73,16 +89,19 @@ class Comparison:
     quantities: list[Judged]
     thresholds: Thresholds
     notes: list[str]
+    until: int = 0
+    twins: Twins | None = None
+    accepted: tuple[bool | None, bool | None] = (None, None)
+    accepted_twins: list[bool | None] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
-        return all(judged.passed for judged in self.quantities)
+        return all(judged.passed for judged in self.quantities) and not self.acceptance_differs
 
     @property
     def left_at(self) -> int | None:
         """The first step at which any quantity leaves its band."""
         return min((j.left_at for j in self.quantities if j.left_at is not None), default=None)
-
 
     @property
     def loss_lost(self) -> bool:
@@ -90,131 +109,143 @@ class Comparison:
         loss = self.quantities[0]
         return loss.left_at is not None and math.isnan(loss.distance.relative[self.steps.index(loss.left_at)])
 
+    @property
+    def acceptance_differs(self) -> bool:
+        """One run meets the benchmark's acceptance, the other does not, and every twin does."""
+        return set(self.accepted) == {True, False} and False not in self.accepted_twins
 
-def read_run(path: Path) -> Run:
-    """A run directory, finished or not.
-
-    Raises:
-        ConfigError: it holds no run, or none that has made a step.
-    """
-    for name in (CONFIG, METRICS):
-        if not (path / name).is_file():
-            raise ConfigError(
-                f"{str(path)!r} has no {name}; give the directory of a run, as `portmoe train` left it"
-            )
-    steps = list(read_metrics(path / METRICS))
-    if not steps:
-        raise ConfigError(f"{str(path / METRICS)!r} holds no complete step; let the run make some")
-    try:
-        environment = json.loads((path / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        environment = {}
-    return Run(
-        path,
-        load_config(path / CONFIG),
-        environment.get("backend", "unknown"),
-        environment.get("ranks", 1),
-        steps,
-        environment.get("data"),
-    )
+    @property
+    def judged_later(self) -> bool:
+        """Whether steps beyond those judged one by one were judged too."""
+        return any(j.later for j in self.quantities)
 
 
-def compare(first: Run, second: Run) -> Comparison:
+def compare(first: Run, second: Run, twins: Sequence[Path] = ()) -> Comparison:
     """Compare over the steps both runs have.
 
+    Args:
+        twins: directories of twins of one of the two; without any, those that lie beside it are taken.
+
     Raises:
-        ConfigError: the configs differ in mathematics, or the runs have no step in common.
+        ConfigError: the configs differ in mathematics, the runs have no step in common, or a twin given is none.
     """
-    difference = first_difference(first.config, second.config, first.data, second.data)
-    if difference and difference[0] == DATA:
-        raise ConfigError(
-            f"the runs were trained on other data: {described(difference[1])} in {str(first.path)!r} and "
-            f"{described(difference[2])} in {str(second.path)!r}; compare runs of one config on the same data"
-        )
-    if difference:
-        key, here, there = difference
-        raise ConfigError(
-            f"the runs differ in mathematics: {key}={here!r} in {str(first.path)!r} and {there!r} in "
-            f"{str(second.path)!r}; compare runs of one config"
-        )
+    require_same_run(first, second)
     common = sorted({s["step"] for s in first.steps} & {s["step"] for s in second.steps})
     if not common:
         raise ConfigError(f"{str(first.path)!r} and {str(second.path)!r} have no step in common")
-    a, b = (_at(run.steps, common) for run in (first, second))
+    a, b = first.at(common), second.at(common)
+    _require_same_batch(a, b)
     limits = thresholds_of(first.config.model.dtype)
-    notes = []
-    tokens = [run[0]["num_consumed_tokens"] for run in (a, b)]
-    if tokens[0] != tokens[1]:
-        raise ConfigError(
-            f"the runs have another global batch: {tokens[0]} and {tokens[1]} tokens after step {common[0]}; "
-            "set data.global_batch_size alike in both"
-        )
+    notes: list[str] = []
     if not all(any(key.startswith(LAYER_NORM) for key in run[0]) for run in (a, b)):
         notes.append("gradient norms by layer: not recorded in both runs")
-    notes += [
-        f"{what} are judged over the first {most} of {len(common)} common steps, and shown for all"
-        for what, most in (("losses", limits.loss_steps), ("norms and drops", limits.norm_steps))
-        if len(common) > most
-    ]
-    loss = distance("loss", _column(a, "loss"), _column(b, "loss"))
-    moe_loss = distance("auxiliary loss", _column(a, "moe_loss"), _column(b, "moe_loss"))
-    judged = [_judge(found, limits.loss, common, limits.loss_steps) for found in (loss, moe_loss)]
-    judged += _validation(a, b, common, limits, notes)
+    measured = twins_of(first, second, twins, common, notes)
     # Where both runs begin they still have the same weights.
     begin = common[0] == first.steps[0]["step"] == second.steps[0]["step"]
-    bands = (limits.norm, limits.first_norm if begin else None)
-    layer_bands = (limits.layer_norm, limits.first_layer_norm if begin else None)
-    others = [
-        *((found, limits.dropped, None) for found in _dropped(a, b)),
-        *((found, *bands) for found in group_norms(a, b)),
-        *((found, *layer_bands) for found in layer_norms(a, b)),
-    ]
-    judged += [_judge(found, band, common, limits.norm_steps, at_first) for found, band, at_first in others]
+    judge = _Judge(common, limits, measured, _safe(first, common, begin), begin)
+    if measured is None and judge.safe > limits.norm_steps:
+        notes.append(
+            f"norms and drops are judged over the first {limits.norm_steps} of {len(common)} common steps"
+        )
+    found = list(quantities(a, b))
+    judged = [judge.of(quantity) for quantity in found]
+    judged[2:2] = _validation(a, b, judge, notes)
     if begin and limits.first_norm < limits.norm:
         notes.append(
             f"in the first step, where the weights are still the same, norms may deviate by "
             f"{limits.first_norm:.0e}, those of layers by {limits.first_layer_norm:.0e}"
         )
-    return Comparison(first, second, common, loss_figures(loss), judged, limits, notes)
+    return Comparison(
+        first,
+        second,
+        common,
+        loss_figures(found[0].distance),
+        judged,
+        limits,
+        notes,
+        until=len(judged[0].bands),
+        twins=measured,
+        accepted=(_accepted(first, a), _accepted(second, b)),
+        accepted_twins=[_accepted(r, steps) for r, steps in zip(measured.runs, measured.records, strict=True)]
+        if measured
+        else [],
+    )
 
 
-def _judge(
-    found: Distance, band: float, steps: Sequence[int], most: int, first: float | None = None
-) -> Judged:
-    left = found.leaves(band, first)
-    return Judged(found, band, None if left is None or left >= most else steps[left])
+@dataclass(frozen=True)
+class _Judge:
+    """Judges quantities over the same steps.
+
+    Attributes:
+        safe: for how many steps rounding cannot have grown.
+        begin: the runs begin with the first of the steps, from the same weights.
+    """
+
+    steps: Sequence[int]
+    limits: Thresholds
+    twins: Twins | None
+    safe: int
+    begin: bool
+
+    def of(self, quantity: Quantity) -> Judged:
+        kind, found = quantity.kind, quantity.distance
+        base, at_first, most = self._band(kind)
+        bands = [base] * len(self.steps)
+        if self.begin:
+            bands[0] = at_first
+        if self.twins is None or not any(quantity.label in pair for pair in self.twins.pairs):
+            bands = bands[: min(self.safe, most)]
+            return Judged(found, bands, self._left(found, bands))
+        reached = self.twins.reached(quantity.label)
+        bands = [max(band, FACTOR * r) for band, r in zip(bands, reached, strict=True)]
+        bands = bands[: self.twins.strangers_at(kind, quantity.label)]
+        pairs = [pair[quantity.label].distance for pair in self.twins.pairs if quantity.label in pair]
+        later = figures(kind, found, pairs, len(bands))
+        return Judged(found, bands, self._left(found, bands), self.twins.spread(quantity.label), later)
+
+    def _band(self, kind: Kind) -> tuple[float, float, int]:
+        """What today allows of this kind in each step and in the first one, and in how many without twins."""
+        t = self.limits
+        return {
+            "loss": (t.loss, t.loss, t.loss_steps),
+            "norm": (t.norm, t.first_norm, t.norm_steps),
+            "layer": (t.layer_norm, t.first_layer_norm, t.norm_steps),
+            "dropped": (t.dropped, t.dropped, t.norm_steps),
+            "load": (t.dropped, t.dropped, t.norm_steps),
+        }[kind]
+
+    def _left(self, found: Distance, bands: Sequence[float]) -> int | None:
+        left = found.leaves([*bands, *[UNJUDGED] * (len(found.relative) - len(bands))])
+        return None if left is None else self.steps[left]
 
 
-def _at(records: Sequence[dict[str, Any]], steps: Sequence[int]) -> list[dict[str, Any]]:
-    by_step = {record["step"]: record for record in records}
-    return [by_step[step] for step in steps]
+def _safe(run: Run, steps: Sequence[int], begin: bool) -> int:
+    """For how many of the steps no weight can have moved far from where both runs had it."""
+    moved = list(
+        accumulate(learning_rate(run.config, step) for step in range(steps[0] if begin else 0, steps[-1] + 1))
+    )
+    before = dict(enumerate([0.0, *moved], steps[0] if begin else 0))
+    return sum(before[step] <= SAFE_MOVES for step in steps)
 
 
-def _column(records: Sequence[dict[str, Any]], key: str) -> list[float | None]:
-    return [record[key] for record in records]
+def _require_same_batch(a: Records, b: Records) -> None:
+    tokens = [run[0]["num_consumed_tokens"] for run in (a, b)]
+    if tokens[0] != tokens[1]:
+        raise ConfigError(
+            f"the runs have another global batch: {tokens[0]} and {tokens[1]} tokens after step {a[0]['step']}; "
+            "set data.global_batch_size alike in both"
+        )
 
 
-def _dropped(a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]]) -> Iterator[Distance]:
-    """Rates are compared by their difference: near zero a quotient would say nothing. A dense model has none."""
-    rates = [_column(run, "dropped_token_rate") for run in (a, b)]
-    if any(rate is not None for run in rates for rate in run):
-        pairs = zip(*rates, strict=True)
-        yield Distance("dropped tokens, rate", *rates, [_difference(x, y) for x, y in pairs])
+def _accepted(run: Run, records: Records) -> bool | None:
+    """Whether a run meets the benchmark's acceptance; None on other data, and where it is too short."""
+    late = [record["loss"] for record in records if record["step"] >= ACCEPTANCE_STEP]
+    if not late or not run.on_dummy_data:
+        return None
+    return all(loss is not None and loss < ACCEPTANCE_LOSS for loss in late)
 
 
-def _difference(x: float | None, y: float | None) -> float:
-    if x is None or y is None:
-        return math.nan if x is y else math.inf
-    return abs(y - x)
-
-
-def _validation(
-    a: Sequence[dict[str, Any]],
-    b: Sequence[dict[str, Any]],
-    common: Sequence[int],
-    limits: Thresholds,
-    notes: list[str],
-) -> Iterator[Judged]:
+def _validation(a: Records, b: Records, judge: _Judge, notes: list[str]) -> Iterator[Judged]:
     """The loss of the validations that both runs made after the same steps."""
     made = [{i for i, record in enumerate(run) if "valid_loss" in record} for run in (a, b)]
     both = sorted(made[0] & made[1])
@@ -230,7 +261,10 @@ def _validation(
             f"validations: {len(made[0])} and {len(made[1])} in the common steps, {len(both)} after the same ones"
         )
     if both:
-        losses = (_column([run[i] for i in both], "valid_loss") for run in (a, b))
-        yield _judge(
-            distance("validation loss", *losses), limits.loss, [common[i] for i in both], len(both)
-        )
+        losses = (column([run[i] for i in both], "valid_loss") for run in (a, b))
+        found = distance("validation loss", *losses)
+        until = judge.safe if judge.twins is None else len(judge.of(next(quantities(a, b))).bands)
+        reached = judge.twins.reached("loss") if judge.twins else [0.0] * len(a)
+        bands = [max(judge.limits.loss, FACTOR * reached[i]) for i in both if i < until]
+        left = found.leaves([*bands, *[UNJUDGED] * (len(both) - len(bands))])
+        yield Judged(found, bands, None if left is None else judge.steps[both[left]])

@@ -35,15 +35,14 @@ class Distance:
         """The largest of the deviations that could be taken; nan where there is none."""
         return max((r for r in self.relative if not math.isnan(r)), default=math.nan)
 
-    def leaves(self, band: float, first: float | None = None) -> int | None:
-        """Index of the first step beyond ``band``, or None; ``first``: the band of the first step.
+    def leaves(self, bands: Sequence[float]) -> int | None:
+        """Index of the first step beyond its band, or None.
 
         A step at which neither run has a number is beyond every band, unless it is excused; so is the first
         one where that holds for all.
         """
         if all(map(math.isnan, self.relative)):
             return 0
-        bands = [band if first is None else first, *[band] * len(self.relative)]
         beyond = (i for i, r in enumerate(self.relative) if not r <= bands[i])
         return next((i for i in beyond if not (math.isnan(self.relative[i]) and i in self.excused)), None)
 

@@ -46,7 +46,9 @@ def check_training(backend: str, timeout: float) -> tuple[list[Result], list[Cur
         run = list(read_metrics(directory / METRICS)) if (directory / METRICS).exists() else []
     if outcome.ending is not None:
         detail = f"{outcome.ending} after {len(run)} steps: {outcome.last_line}"
-        return [Result("fail", "completes", detail, part="training", subject="reference run", seconds=seconds)], []
+        return [
+            Result("fail", "completes", detail, part="training", subject="reference run", seconds=seconds)
+        ], []
     checks = [Result("pass", "completes", part="training", subject="reference run", seconds=seconds)]
     return checks + list(compare_with(reference(), run)), list(_curves(reference(), run))
 
@@ -70,14 +72,22 @@ def compare_with(
 
 
 def _check(found: Distance, band: float, first: float | None = None) -> Result:
-    step = found.leaves(band, first)
+    step = found.leaves([band if first is None else first, *[band] * len(found.relative)])
     detail = (
         ""
         if step is None
         else f"leaves the band at step {step}: {found.second[step]}, recorded {found.first[step]}"
     )
     status = "pass" if step is None else "fail"
-    return Result(status, found.label, detail, part="training", subject="reference run", needed=found.largest, allowed=band)
+    return Result(
+        status,
+        found.label,
+        detail,
+        part="training",
+        subject="reference run",
+        needed=found.largest,
+        allowed=band,
+    )
 
 
 def _curves(recorded: Sequence[dict[str, Any]], run: Sequence[dict[str, Any]]) -> Iterator[Curve]:

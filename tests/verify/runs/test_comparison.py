@@ -40,10 +40,13 @@ def record(step, **changes):
 
 @pytest.fixture
 def run_of(tmp_path):
-    def write(name, records, overrides=(), backend="cpu"):
+    """Writes a run; at its learning rate rounding does not grow, so that all steps are judged."""
+
+    def write(name, records, overrides=(), backend="cpu", lr=1e-5):
         directory = tmp_path / name
         directory.mkdir()
-        (directory / "config.yaml").write_text(dump_config(load_config("tiny_moe4", overrides)))
+        config = load_config("tiny_moe4", (f"adam.lr={lr}", "lr_scheduler.eta_min=0", *overrides))
+        (directory / "config.yaml").write_text(dump_config(config))
         (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
         (directory / "environment.json").write_text(json.dumps({"backend": backend, "ranks": 2}))
         return directory
