@@ -82,7 +82,7 @@ def _table(layout: Layout) -> OpTable:
     experts are spread over ranks, how many tokens meet where is traffic, and nothing stands in.
     """
     functions = {name: operation.reference for name, operation in OPERATIONS.items()}
-    functions["attention"] = lambda q_TND, k_TND, v_TND, segments, scale: q_TND + k_TND + v_TND
+    functions["attention"] = _without_scores
     if layout.expert == 1:
         for gating in ("topk_gating", "megablock_gating"):
             functions[gating] = _dropping(functions[gating])
@@ -90,6 +90,14 @@ def _table(layout: Layout) -> OpTable:
             x_RH * (w1_EFH + w3_EFH + w2_EHF.mT).sum((0, 1))
         )
     return OpTable(functions, choices=())
+
+
+def _without_scores(
+    q_TND: torch.Tensor, k_TGD: torch.Tensor, v_TGW: torch.Tensor, segments: Segments, scale: float
+) -> torch.Tensor:
+    """[T,N,W] of all three, without the T² scores."""
+    both_TGW = v_TGW + k_TGD.sum(-1, keepdim=True)
+    return both_TGW.repeat_interleave(q_TND.shape[1] // k_TGD.shape[1], 1) + q_TND.sum(-1, keepdim=True)
 
 
 def _dropping(gating: Callable[..., Routing]) -> Callable[..., Routing]:
