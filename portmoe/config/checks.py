@@ -26,6 +26,12 @@ def _of_the_model(config: "Tree", model: "Architecture") -> Iterator[str]:
                 f"{keys['top_k']}={experts.gate.top_k} must be at most {keys['experts']}={experts.count}; "
                 "change one of the two"
             )
+    source = config.ckpt.load_ckpt_info
+    if config.model.from_pretrained and source and source.path and {"model", "all"} & set(source.content):
+        yield (
+            f"model.from_pretrained={config.model.from_pretrained!r} and ckpt.load_ckpt_info.path="
+            f"{source.path!r} both give the weights; leave one of the two out"
+        )
     if config.adam.lr < config.lr_scheduler.eta_min:
         yield (
             f"lr_scheduler.eta_min={config.lr_scheduler.eta_min:g} must be at most "

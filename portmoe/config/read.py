@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from portmoe.config import yaml as config_yaml
 from portmoe.config.keys import walk
 from portmoe.config.messages import describe, shorten
+from portmoe.config.pretrained import completed
 from portmoe.config.schema import Config
 from portmoe.config.section import ModelSection
 from portmoe.config.void import void
@@ -43,6 +44,7 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Confi
         )
     for override in overrides:
         _apply(tree, override)
+    tree = completed(tree)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

@@ -37,6 +37,7 @@ class ModelSection(Section):
     A family adds the keys of its architecture.
     """
 
+    from_pretrained: Path | None = None  # a folder with config.json, which gives the model, and safetensors
     # share of the layers whose activations are recomputed
     checkpoint: Annotated[bool | Fraction, SAME_RUN] = False
     num_chunks: Annotated[Layers, SAME_RUN] = 1  # pipeline stages per rank

@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
 
+import torch
 from torch import nn
 
 from portmoe.config import Config
 from portmoe.costs.outline import outline
 from portmoe.families.architecture import Architecture, Experts, Layer
+from portmoe.model.decoder import Decoder
 from portmoe.model.sharing import Cut, declared_cuts
 
 DEFAULT, FP32, EXPERTS = "default", "fp32", "experts"
@@ -98,6 +100,13 @@ def embedding_parameters(model: Architecture) -> ParameterCount:
 def head_parameters(model: Architecture) -> ParameterCount:
     """Numbers of the final norm and the head."""
     return _count(outline(model).norm) + _count(outline(model).head)
+
+
+def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Parameter of the whole model → its shape, in the order of the modules."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def count_parameters(config: Config) -> ParameterCount:

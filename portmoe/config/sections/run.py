@@ -41,6 +41,9 @@ class CheckpointConfig(Section):
     # completed steps after which the state is saved, whatever else is, and kept: for `portmoe replay`;
     # 0 is before the first step
     keep_steps: Annotated[list[Count], SAME_RUN] = Field([])
+    # steps after each of which hf_model-<step>/ is written; null: only hf_model/ at the end; 0: not even that
+    export_every: Count | None = None
+    export_dtype: Literal["float32", "bfloat16", "float16"] | None = None  # null: each tensor's own
     async_upload: bool = True  # write in the background while training goes on
     async_upload_tmp_folder: Annotated[
         str | None, no_effect("checkpoints are written in place, atomically")
