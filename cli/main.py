@@ -57,6 +57,8 @@ class LazyGroup(click.Group):
         "compare": ("portmoe.cli.compare:compare", "Compare two runs of one config."),
         "replay": ("portmoe.cli.replay:replay", "Compute recorded steps again, from their checkpoints."),
         "bisect": ("portmoe.cli.bisect:bisect", "Name the first operation a backend computes wrong."),
+        "model": ("portmoe.cli.model:model", "Tell what a folder of the hub is, and what training it takes."),
+        "export": ("portmoe.cli.export:export", "Write a run's weights as a folder of the hub."),
         "check-env": ("portmoe.cli.check_env:check_env", "Check what this machine can train on."),
     },
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

@@ -181,8 +181,9 @@ class NativeEngine(Engine):
         super().__init__(config, device)
         self.model = build(config, ops, meshes, pool=pool)
         self.model.to_empty(device=device)
-        for decoder in self.model:
-            initialise(decoder, config)
+        if config.model.from_pretrained is None:  # else the folder, or a checkpoint, gives every value
+            for decoder in self.model:
+                initialise(decoder, config)
         groups = merged(map(parameter_groups, self.model))
         holders = layout.world // layout.pipeline
         layers, cut_moments = len(config.architecture.layers), layout.moments > 1

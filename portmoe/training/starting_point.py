@@ -14,6 +14,7 @@ from portmoe.errors import ConfigError
 from portmoe.parallel.layout import Layout
 from portmoe.record.run_directory import Data, RunDirectory, changed_data
 from portmoe.training.engine import Engine
+from portmoe.training.hub import begin_at_folder
 from portmoe.training.schedule import learning_rate
 
 
@@ -44,7 +45,7 @@ def starting_point(
         log: receives a line about anything but a plain start.
 
     Raises:
-        ConfigError: the checkpoint is of another model.
+        ConfigError: the checkpoint is of another model, or the folder of ``model.from_pretrained`` is broken.
         TrainingError: no checkpoint there can be read.
     """
     if run.resuming:
@@ -61,6 +62,9 @@ def starting_point(
             if run.former:
                 _tell_other_rates(run.former, config, progress.step, log)
             return progress
+    if config.model.from_pretrained is not None:
+        log(f"starting from the weights of {config.model.from_pretrained}")
+        begin_at_folder(config, run.path, engine, group)
     source = config.ckpt.load_ckpt_info
     if source is None or source.path is None:
         return Progress(global_batch=layout.global_batch_sequences)

@@ -7,10 +7,13 @@ from signal import Signals
 from typing import Any
 
 from portmoe.config.sections.data import parse_step_ranges
+from portmoe.errors import TrainingError
+from portmoe.families.registry import families
 from portmoe.profiling.profile import StepProfile
 from portmoe.profiling.spans import WAITING, span
 from portmoe.record.log_line import StepResult, StepTotals, step_record
 from portmoe.record.throughput import Throughput
+from portmoe.training import hub
 from portmoe.training.divergence import Divergence
 from portmoe.training.engine import StepOutcome
 from portmoe.training.session import Session
@@ -71,8 +74,12 @@ class Trainer:
             step = self.progress.step
             if step in ckpt.keep_steps or (ckpt.enable_save_ckpt and step % ckpt.checkpoint_every == 0):
                 self._save()
+            if ckpt.export_every and step % ckpt.export_every == 0 and step < total:
+                self._export(f"hf_model-{step}")
         if ckpt.enable_save_ckpt and self._divergence.sound:
             self._save()
+        if self.progress.step >= total and ckpt.export_every != 0:
+            self._export("hf_model")
         if not stop and (
             figures := self._validate(self.progress.step - 1)
         ):  # the last steps were passed over
@@ -168,6 +175,24 @@ class Trainer:
         self._checkpointer.save(self.progress.step, self._engine.tensors(), state)
         self._saved_at = self.progress.step
         self._tell_problems()
+
+    def _export(self, name: str) -> None:
+        """Write the weights as the hub has them, where the family has a format there and they are sound.
+
+        Where a checkpoint holds them too, what keeps them from being written does not end the run.
+        """
+        session, step = self._session, self.progress.step
+        if families()[self._config.model_type].hub is None:
+            return
+        if not self._divergence.sound:
+            session.writers.note(f"no {name} after step {step - 1}, which was skipped or has no loss")
+            return
+        try:
+            hub.export(self._config, session.run.path, session.run.path / name, self._engine, session.world)
+        except TrainingError as error:
+            if self._saved_at != step:
+                raise
+            session.writers.note(f"WARNING: {error}; then `portmoe export {session.run.path} --step {step}`")
 
     def _tell_problems(self) -> None:
         for problem in self._session.checkpointer.problems():

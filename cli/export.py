@@ -1,0 +1,34 @@
+"""``portmoe export``."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("run", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--step", type=click.IntRange(0), default=None, help="Of the checkpoint.  [default: the newest]"
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="DIR",
+    help="The folder to write; must not exist or be empty.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default=None,
+    help="Of all tensors.  [default: ckpt.export_dtype, else that of each where it came from]",
+)
+def export(run: Path, step: int | None, out: Path, dtype: str | None) -> None:
+    """Write the weights of a run's checkpoint as a folder of the hub: safetensors, config.json, tokenizer.
+
+    One process reads and writes a few MiB at a time, whatever ranks the checkpoint is from.
+    """
+    from portmoe.training.hub import export_run
+
+    chosen = export_run(run, step, out, dtype)
+    click.echo(f"written: {out}, the weights after step {chosen} of {run}")

@@ -1,0 +1,213 @@
+"""A run's weights in the hub's format: the folder they come from, and the folders they go to."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from portmoe.checkpoint.agreement import agree, on_first_rank
+from portmoe.checkpoint.folder import complete_steps, folder_of
+from portmoe.checkpoint.hub_export import export as stream
+from portmoe.checkpoint.hub_files import DTYPES, NAMES, HubFolder, read_folder, require
+from portmoe.checkpoint.hub_layout import shapes
+from portmoe.checkpoint.hub_read import fill
+from portmoe.checkpoint.hub_write import Target, write
+from portmoe.config import Config
+from portmoe.config.pretrained import CONFIG, architecture_keys, completed, read_json, read_pretrained
+from portmoe.config.read import load_config
+from portmoe.costs.parameters import parameter_shapes
+from portmoe.errors import ConfigError
+from portmoe.families.hub import Hub, Made
+from portmoe.families.registry import families
+from portmoe.files import json_text, write_whole
+from portmoe.model.precision import compute_dtype
+from portmoe.record.run_directory import CONFIG as RUN_CONFIG
+from portmoe.record.run_directory import checkpoints_of
+from portmoe.training.engine import Engine
+
+KEPT = "pretrained"  # in a run directory: what the folder of model.from_pretrained has beside its weights
+KEPT_DTYPES = "dtypes.json"
+BESIDE = (
+    *("config.json", "generation_config.json", "*.py"),  # the code that config.json may name, as text
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*"),
+    *("*.model", "*.tiktoken", "LICENSE*", "NOTICE*"),
+)
+PREFIX = "model."  # of the parameters among an engine's tensors
+
+
+def hub_of(config: Config) -> Hub:
+    """The format on the hub of the config's family.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    known = families()
+    hub = known[config.model_type].hub
+    if hub is None:
+        names = ", ".join(name for name, family in known.items() if family.hub is not None)
+        raise ConfigError(
+            f"model_type={config.model_type!r} has no format on the hub; these have one: {names}"
+        )
+    return hub
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The folder of ``model.from_pretrained``, held to the config and to the modules."""
+
+    folder: HubFolder
+    made: Mapping[str, Made]
+
+    @classmethod
+    def of(cls, config: Config) -> "Weights":
+        """Look at the folder: config.json, index and headers.
+
+        Raises:
+            ConfigError: the folder is broken, or of another model.
+        """
+        completed(config.model_dump())  # refuses a config.json that has become another
+        found = read_pretrained(config.model.from_pretrained)
+        parameters, made = parameter_shapes(config), found.hub.made(config.architecture)
+        folder = read_folder(found.folder)
+        require(folder, shapes(made, parameters))
+        return cls(folder, made)
+
+    def load(self, engine: Engine) -> None:
+        """Give the engine's parameters their values. Collective."""
+        tensors = _parameters(engine)
+        fill(tensors, self.made, self.folder)
+        engine.take({PREFIX + name: tensor for name, tensor in tensors.items()})
+
+    def keep_beside(self, run: Path) -> None:
+        """Copy what an export will carry over into the run directory: the folder may be gone by then."""
+        kept = run / KEPT
+        kept.mkdir(exist_ok=True)
+        for pattern in BESIDE:
+            for path in self.folder.path.glob(pattern):
+                if path.is_file():
+                    shutil.copyfile(path, kept / path.name)
+        dtypes = {name: NAMES[array.dtype] for name, array in self.folder.tensors.items()}
+        ((most, _),) = Counter(dtypes.values()).most_common(1)
+        others = {name: dtype for name, dtype in dtypes.items() if dtype != most}
+        write_whole(kept / KEPT_DTYPES, json_text({"most": most, "others": others}, indent=1))
+
+
+def begin_at_folder(config: Config, run: Path, engine: Engine, group: dist.ProcessGroup) -> None:
+    """Put the engine at the weights of ``model.from_pretrained``. Collective.
+
+    Raises:
+        ConfigError: the folder is broken or of another model; no weight was touched.
+        TrainingError: a file could not be read to its end.
+    """
+    found: list[Weights] = []
+    agree(group, lambda: found.append(Weights.of(config)))
+    (weights,) = found
+    on_first_rank(group, lambda: weights.keep_beside(run))
+    weights.load(engine)
+
+
+def target(config: Config, run: Path, final: Path, dtype: str | None = None) -> Target:
+    """The folder ``final``, as the weights of the run in ``run`` go there.
+
+    Args:
+        dtype: of all tensors; None: ``ckpt.export_dtype``, else that of their source, else ``model.dtype``.
+
+    Raises:
+        ConfigError: the family has no format on the hub.
+    """
+    hub, kept = hub_of(config), run / KEPT
+    tensors = shapes(hub.made(config.architecture), parameter_shapes(config))
+    dtype = dtype or config.ckpt.export_dtype
+    others: dict[str, str] = {}
+    if dtype is not None:
+        most = getattr(torch, dtype)
+    elif (kept / KEPT_DTYPES).is_file():
+        source = read_json(kept / KEPT_DTYPES)
+        most, others = DTYPES[source["most"]], source["others"]
+    else:
+        most = compute_dtype(config.model)
+    dtypes = {name: DTYPES[others[name]] if name in others else most for name in tensors}
+    beside: dict[str, Path | str] = {CONFIG: json_text(_config_json(config, hub, most), indent=2) + "\n"}
+    if kept.is_dir():
+        beside |= {path.name: path for path in sorted(kept.iterdir()) if path.name != KEPT_DTYPES}
+        if dtype is not None:
+            beside[CONFIG] = _with_dtype((kept / CONFIG).read_text(encoding="utf-8"), dtype)
+    return Target(final, tensors, dtypes, beside)
+
+
+def export(config: Config, run: Path, final: Path, engine: Engine, group: dist.ProcessGroup) -> None:
+    """Write the engine's weights to the folder ``final``. Collective.
+
+    Raises:
+        TrainingError: there is no room, or the disk fails; nothing is left of it then.
+    """
+    write(target(config, run, final), _parameters(engine), hub_of(config).made(config.architecture), group)
+
+
+def export_run(run: Path, step: int | None, out: Path, dtype: str | None) -> int:
+    """Write a checkpoint of the run in ``run`` to the folder ``out``, on this process alone.
+
+    Args:
+        step: None: the newest.
+
+    Returns:
+        The step.
+
+    Raises:
+        ConfigError: no such run or checkpoint, a family without a format on the hub, or ``out`` is in use.
+        TrainingError: the checkpoint is damaged, or the folder cannot be written.
+    """
+    if not (run / RUN_CONFIG).is_file():
+        raise ConfigError(f"{str(run)!r} is no run: it holds no {RUN_CONFIG}; give the directory of a run")
+    config = load_config(run / RUN_CONFIG)
+    hub = hub_of(config)
+    checkpoints = checkpoints_of(run, config)
+    steps = complete_steps(checkpoints)
+    if not steps or (step is not None and step not in steps):
+        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        there = f"; there are {', '.join(map(str, steps))}" if steps else ""
+        raise ConfigError(f"{checkpoints} holds {wanted}{there}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {str(out)!r} exists and is not empty; give another folder")
+    chosen = steps[-1] if step is None else step
+    made = hub.made(config.architecture)
+    stream(folder_of(checkpoints, chosen), target(config, run, out, dtype), parameter_shapes(config), made)
+    return chosen
+
+
+def _parameters(engine: Engine) -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix(PREFIX): tensor
+        for name, tensor in engine.tensors().items()
+        if name.startswith(PREFIX)
+    }
+
+
+def _config_json(config: Config, hub: Hub, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of a model that did not come from a folder."""
+    model = config.model.model_dump()
+    keys = {key: _given(model[key]) for key in architecture_keys(families()[config.model_type])}
+    named = str(dtype).removeprefix("torch.")
+    return {
+        "architectures": [hub.architecture],
+        "model_type": config.model_type,
+        **keys,
+        "torch_dtype": named,
+    }
+
+
+def _given(value: Any) -> Any:
+    """A section without what it leaves open."""
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+
+def _with_dtype(text: str, dtype: str) -> str:
+    content = json.loads(text)
+    there = [key for key in ("dtype", "torch_dtype") if key in content] or ["torch_dtype"]
+    return json_text(content | dict.fromkeys(there, dtype), indent=2) + "\n"
