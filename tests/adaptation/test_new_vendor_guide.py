@@ -31,7 +31,7 @@ def wrong(*arguments):
 runtime.rms_norm_backward = wrong
 print(json.dumps({"healthy": healthy, "faulty": statuses((torch.float32,))}))
 """
-SLOW = ("portmoe validate", "portmoe bisect")
+SLOW = ("portmoe validate", "sed ")  # the first lines of the blocks that are run by slow tests
 
 
 @pytest.fixture(scope="module")
@@ -109,30 +109,24 @@ def test_its_fused_operation_conforms_and_a_wrong_gradient_is_caught(folder):
 
 @pytest.mark.timeout(1200)
 @pytest.mark.slow
-def test_the_guides_last_commands_find_nothing_wrong(folder):
+def test_the_guides_last_commands_validate_break_find_and_repair_it(folder):
     last = [b.text for b in blocks(GUIDES["en"]) if b.language == "sh" and b.text.startswith(SLOW)]
-    assert len(last) == len(SLOW)
+    assert len(last) == 3
+    runtime = folder / "portmoe_newvendor" / "runtime.py"
+    right = runtime.read_text()
+    said = []
     for commands in last:
         done = run(folder, ["bash", "-euo", "pipefail", "-c", commands])
         assert done.returncode == 0, done.stdout + done.stderr
-    assert "every operation and the whole model agree" in done.stdout
+        said.append(done.stdout)
+        assert (runtime.read_text() == right) == (commands != last[1])
+    agree = "every operation and the whole model agree"
     report = json.loads((folder / "report" / "report.json").read_text())
     assert report["passed"]
     assert report["backend"] == "newvendor"
     assert (folder / "report" / "report.html").exists()
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.slow
-def test_bisect_names_the_wrong_gradient_as_the_guide_says(folder):
-    runtime = folder / "site" / "portmoe_newvendor" / "runtime.py"
-    right = runtime.read_text()
-    wrong = right.replace("return grad_x, (grad", "return 1.01 * grad_x, (grad")
-    assert wrong != right
-    runtime.write_text(wrong)
-    try:
-        done = run(folder, ["portmoe", "bisect", "--reference", "cpu", "--backend", "newvendor"])
-    finally:
-        runtime.write_text(right)
-    assert done.returncode == 4, done.stdout + done.stderr
-    assert "rms_norm.newvendor" in done.stdout
+    found, _, without_it = said[1].partition("exit code 4\n")
+    assert "first wrong" in found
+    assert "rms_norm.newvendor, backward" in found
+    assert agree in without_it
+    assert agree in said[2]
