@@ -43,10 +43,17 @@ def _of_the_parallel_sizes(config: "Tree", model: "Architecture") -> Iterator[st
     """Sizes that contradict each other for any number of ranks."""
     keys, parallel, chunks = model.keys, config.parallel, config.model.num_chunks
     tensor, pipeline, spread = parallel.tensor.size, parallel.pipeline.size, parallel.expert.size
-    heads = {keys[name]: size for name, size in model.heads.items()}
-    for key, number in heads.items():
-        if number % tensor:
-            yield f"{key}={number} must be a multiple of parallel.tensor.size={tensor}; change one of the two"
+    heads, kv_heads = model.heads["heads"], model.heads["kv_heads"]
+    if heads % tensor:
+        yield (
+            f"{keys['heads']}={heads} must be a multiple of parallel.tensor.size={tensor}; change one of the "
+            "two"
+        )
+    elif kv_heads % tensor and tensor % kv_heads:
+        yield (
+            f"{keys['kv_heads']}={kv_heads} must be a multiple of parallel.tensor.size={tensor}, or the size "
+            "one of it; change one of the two"
+        )
     if parallel.tensor.mode != "mtp" and config.data.micro_bsz * config.data.seq_len % tensor:
         yield (
             f"data.micro_bsz={config.data.micro_bsz} · data.seq_len={config.data.seq_len} must be a multiple "

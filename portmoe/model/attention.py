@@ -1,5 +1,6 @@
 """Causal attention over packed segments, with grouped heads."""
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -20,7 +21,8 @@ class Attention(nn.Module):
 
     The first projection's rows are those of one key head after the other, each with its queries, its key and
     its value: [Nk, G·D + D + Dv] for G queries a key. A slice of them holds whole heads, so how many are here
-    is read off the projection's result.
+    is read off the projection's result. Where more ranks than there are key heads share the attention, each
+    has its part of a key head's queries, and the key and the value with others.
     """
 
     part = "attention"  # of a step, as profiles name it
@@ -46,6 +48,11 @@ class Attention(nn.Module):
                 for role in NORMED
             )
         self.out = Linear(values, hidden, ops, site(where, "attention's output"), bias=sizes.out_bias)
+        self.cuts = type(self).cuts | {
+            name: replace(cut, pieces=sizes.kv_heads)
+            for name, cut in type(self).cuts.items()
+            if name.startswith("qkv.")
+        }
         self.sizes = sizes
         self.scale = sizes.head_dim**-0.5
         self.ops = ops.at(where)
@@ -57,8 +64,8 @@ class Attention(nn.Module):
         self, x_TH: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, segments: Segments
     ) -> torch.Tensor:
         with self.region.entered(x_TH) as x_TH:
-            qkv_TM = self.tokens.to_heads(self.qkv(x_TH))
-            q_TGD, k_TND, v_TND = qkv_TM.unflatten(-1, (-1, sum(self.widths))).split(self.widths, -1)
+            qkv_TM, widths = self._project(x_TH)
+            q_TGD, k_TND, v_TND = qkv_TM.unflatten(-1, (-1, sum(widths))).split(widths, -1)
             q_TND = (
                 q_TGD if self.sizes.group == 1 else q_TGD.unflatten(-1, (-1, k_TND.shape[-1])).flatten(1, 2)
             )
@@ -70,14 +77,42 @@ class Attention(nn.Module):
             y_TH = self.out(self.tokens.to_tokens(y_TND.flatten(1)))
         return self.region.leave(y_TH)
 
+    def _project(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
+        """This rank's queries, keys and values of all tokens, and their widths in a key head."""
+        holders = self.holders(self.region.parts * self.tokens.ranks)
+        if holders == 1:
+            return self.tokens.to_heads(self.qkv(x_TH)), self.widths
+        queries, *others = self.widths
+
+        def of_rank(rows_MX: torch.Tensor) -> torch.Tensor:
+            head, place = divmod(self.region.rank, holders)
+            own_MX = rows_MX.unflatten(0, (-1, sum(self.widths)))[head]
+            of_queries_MX, rest_MX = own_MX.split((queries, sum(others)))
+            return torch.cat((of_queries_MX.chunk(holders)[place], rest_MX))
+
+        widths = (queries // holders, *others)
+        if not self.tokens.split:
+            return self.qkv(x_TH, of_rank), widths
+        q_TNM, rest_TNM = self.qkv(x_TH).unflatten(1, (-1, sum(self.widths))).split((queries, sum(others)), 2)
+        rest_TNPM = rest_TNM.unsqueeze(2).expand(-1, -1, holders, -1)
+        qkv_TM = torch.cat((q_TNM.unflatten(2, (holders, -1)), rest_TNPM), -1).flatten(1)
+        return self.tokens.to_heads(qkv_TM), widths
+
+    def holders(self, ranks: int) -> int:
+        """How many of ``ranks`` that share the heads have the same key head."""
+        return max(1, ranks // self.sizes.kv_heads)
+
     def _of_keys(self, where: str) -> str:
         """The site of the keys' rotary embedding: that of the queries, where there are as many."""
         return where if self.sizes.group == 1 else site(where, "keys")
 
     def calls(self, share: Share) -> Calls:
         sizes, shared = self.sizes, {"qk_interleaved": self.sizes.rotary.interleaved}
-        heads, kv_heads = sizes.heads // share.ranks, sizes.kv_heads // share.ranks
-        yield from self.qkv.call(share, share.inside, outputs=share.parts)
+        heads, kv_heads = sizes.heads // share.ranks, self._kv_heads(share.ranks)
+        queries, *others = self.widths
+        rows = sizes.kv_heads * queries // share.parts + self._kv_heads(share.parts) * sum(others)
+        work = share.workload(share.inside, hidden=self.qkv.in_features, ffn_width=rows)
+        yield Call("linear", self.qkv.site, work)
         if sizes.norm_epsilon is not None:
             for role, number in zip(NORMED, (heads, kv_heads), strict=True):
                 rows = share.workload(share.tokens * number, hidden=sizes.head_dim)
@@ -97,17 +132,21 @@ class Attention(nn.Module):
 
     def costs(self, share: Share) -> Costs:
         sizes, hidden = self.sizes, self.out.out_features
-        queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-        values, outputs = sizes.kv_heads * sizes.value_dim, sizes.heads * sizes.value_dim
-        weights = hidden * (queries + keys + values + outputs) / share.parts
+        queries, outputs = sizes.heads * sizes.head_dim, sizes.heads * sizes.value_dim
+        of_key = sizes.head_dim + sizes.value_dim
+        weights = hidden * ((queries + outputs) / share.parts + self._kv_heads(share.parts) * of_key)
         scores = share.tokens * share.attended * (queries + outputs) / share.ranks
-        heads = share.tokens * (queries + keys + values + outputs) / share.ranks
+        heads = share.tokens * ((queries + outputs) / share.ranks + self._kv_heads(share.ranks) * of_key)
         moved = 3 * (weights + 2 * share.inside * hidden + heads)
         yield PartCost("attention", 2 * weights * share.inside + 2 * scores, moved * share.item)
 
     def kept_bytes(self, share: Share) -> int:
         """Bytes of q, k, v, the output before its projection, and the log-sum-exp."""
         sizes = self.sizes
-        heads = sizes.heads * (sizes.head_dim + sizes.value_dim)
-        heads += sizes.kv_heads * (sizes.head_dim + sizes.value_dim)
-        return share.tokens * (heads * share.item // share.ranks + FP32_BYTES * sizes.heads // share.ranks)
+        heads, kv_heads = sizes.heads // share.ranks, self._kv_heads(share.ranks)
+        widths = (heads + kv_heads) * (sizes.head_dim + sizes.value_dim)
+        return share.tokens * (widths * share.item + FP32_BYTES * heads)
+
+    def _kv_heads(self, ranks: int) -> int:
+        """Heads of keys and values on each of ``ranks`` that share them."""
+        return max(1, self.sizes.kv_heads // ranks)

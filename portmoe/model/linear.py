@@ -1,5 +1,7 @@
 """A linear map whose weights follow the dtype of its input."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -23,11 +25,21 @@ class Linear(nn.Linear):
         self.site = site
         self.bias_parts = 1  # ranks that add up their results, each with its part of the bias
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, input: torch.Tensor, rows: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """The product.
+
+        Args:
+            rows: takes of the weight, and of the bias, the rows to compute with; None: all.
+        """
+        weight = computed(self.weight, input.dtype)
         bias = None if self.bias is None else computed(self.bias, input.dtype)
         if bias is not None and self.bias_parts > 1:
             bias = bias / self.bias_parts
-        return self.ops.linear(input, computed(self.weight, input.dtype), bias)
+        if rows is not None:
+            weight, bias = rows(weight), None if bias is None else rows(bias)
+        return self.ops.linear(input, weight, bias)
 
     def reset_parameters(self) -> None:
         """Draw nothing: torch calls this on construction, and ``model.init`` sets every value anyway."""

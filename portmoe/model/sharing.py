@@ -7,7 +7,7 @@ module says itself where it can be cut and where its region ends, and parallelis
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -20,29 +20,39 @@ class Cut:
     Attributes:
         tensor: the dimension that tensor-parallel ranks cut; None: each of them has the whole.
         expert: the dimension that ranks which spread the experts cut; None: each of them has the whole.
+        pieces: at most so many ranks can cut the tensor dimension. Where there are more, a multiple, each has
+            the whole and uses its part.
         inside: whether it is used inside a region, where what a rank computes is a part of a sum: the
             gradient of a parameter that is not cut then is such a part too.
     """
 
     tensor: int | None = None
     expert: int | None = None
+    pieces: int | None = None
     inside: bool = True
+
+    def over(self, ranks: int) -> "Cut":
+        """The cut over so many tensor-parallel ranks."""
+        return self if self.pieces is None or ranks <= self.pieces else replace(self, tensor=None)
 
 
 INSIDE = Cut()
 BETWEEN = Cut(inside=False)  # of what is computed on the tokens between the regions
 
 
-def declared_cuts(model: nn.Module) -> dict[str, Cut]:
+def declared_cuts(model: nn.Module, ranks: int = 1) -> dict[str, Cut]:
     """The cut of every parameter of ``model`` by name, as far as a module around it declares one.
 
-    ``cuts`` of a module's class maps names below the module to cuts. The outermost declaration holds: it
-    knows what the parts are used for.
+    ``cuts`` of a module maps names below the module to cuts. The outermost declaration holds: it knows what
+    the parts are used for.
+
+    Args:
+        ranks: that share a layer.
     """
     found: dict[str, Cut] = {}
     for path, module in model.named_modules():
-        for name, cut in getattr(type(module), "cuts", {}).items():
-            found.setdefault(f"{path}.{name}".lstrip("."), cut)
+        for name, cut in getattr(module, "cuts", {}).items():
+            found.setdefault(f"{path}.{name}".lstrip("."), cut.over(ranks))
     return {name: found[name] for name, _ in model.named_parameters() if name in found}
 
 
@@ -88,10 +98,12 @@ class AllTokens:
         """Back from all tokens of own heads to own tokens of all heads."""
         return y
 
+    ranks = 1  # that have other tokens, this one included
+
     @property
     def split(self) -> bool:
         """Whether other ranks have other tokens."""
-        return False
+        return self.ranks > 1
 
 
 ALONE = Alone()

@@ -25,7 +25,7 @@ def cut_parameters(model: Decoder, meshes: Meshes, weights_are_shared: bool) -> 
     if weights_are_shared:
         axes[TENSOR] = meshes.tensor
     axes = {kind: mesh for kind, mesh in axes.items() if mesh.size() > 1}
-    cuts = declared_cuts(model)
+    cuts = declared_cuts(model, axes[TENSOR].size() if TENSOR in axes else 1)
     for name, parameter in list(model.named_parameters()):
         if TENSOR in axes and not _shared(model, name, cuts.get(name)):
             raise _undeclared(model, name, axes[TENSOR].size())

@@ -136,11 +136,11 @@ def most_ranks(config: Config) -> int | None:
 
 
 def _check_tensor(config: Config) -> None:
-    """What the tensor-parallel ranks share must divide evenly among them."""
+    """What the tensor-parallel ranks share, beside heads, must divide evenly among them."""
     size, mode, model = config.parallel.tensor.size, config.parallel.tensor.mode, config.architecture
     if size == 1:
         return
-    shared = {(model.keys[name], number) for name, number in model.heads.items()}
+    shared: set[tuple[str, int]] = set()
     if mode != "isp":
         shared |= {(model.keys["vocabulary"], model.vocabulary)}
         shared |= {(model.keys["width"], width) for width in model.widths}

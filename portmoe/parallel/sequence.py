@@ -37,19 +37,15 @@ class OwnTokens(AllTokens):
     def __init__(self, mesh: DeviceMesh) -> None:
         self._region = Region(mesh, Shard(0))
         self._group = mesh.get_group()
-        self._ranks = mesh.size()
+        self.ranks = mesh.size()
         self._rank = mesh.get_local_rank()
-
-    @property
-    def split(self) -> bool:
-        return True
 
     def own(self, whole: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """This rank's part [t, …] of what all ranks have of all tokens [T, …]."""
-        return whole.chunk(self._ranks, dim)[self._rank]
+        return whole.chunk(self.ranks, dim)[self._rank]
 
     def whole_shape(self, own: torch.Tensor) -> tuple[int, ...]:
-        return self._ranks * own.shape[0], *own.shape[1:]
+        return self.ranks * own.shape[0], *own.shape[1:]
 
     def gather(self, own: torch.Tensor) -> torch.Tensor:
         """[t, …] → [T, …]; the gradients of all ranks are summed on the way back."""
@@ -57,11 +53,11 @@ class OwnTokens(AllTokens):
 
     def to_heads(self, x_tM: torch.Tensor) -> torch.Tensor:
         """Own tokens of all heads → all tokens of own heads, [t, ranks·m] → [T, m]."""
-        return self._exchange(x_tM.unflatten(1, (self._ranks, -1)).transpose(0, 1)).flatten(0, 1)
+        return self._exchange(x_tM.unflatten(1, (self.ranks, -1)).transpose(0, 1)).flatten(0, 1)
 
     def to_tokens(self, y_Tm: torch.Tensor) -> torch.Tensor:
         """All tokens of own heads → own tokens of all heads, [T, m] → [t, ranks·m]."""
-        return self._exchange(y_Tm.unflatten(0, (self._ranks, -1))).transpose(0, 1).flatten(1)
+        return self._exchange(y_Tm.unflatten(0, (self.ranks, -1))).transpose(0, 1).flatten(1)
 
     def _exchange(self, x_Ptm: torch.Tensor) -> torch.Tensor:
         return all_to_all(x_Ptm, self._group)

@@ -102,7 +102,7 @@ def _share(module: nn.Module, region: Region) -> None:
 
 def _share_biases(model: Decoder, region: Region) -> None:
     """Where ranks add up products cut along their inputs, each adds its part of the bias, which is whole."""
-    cuts = declared_cuts(model)
+    cuts = declared_cuts(model, region.parts)
     for name, cut in cuts.items():
         owner, _, leaf = name.rpartition(".")
         if leaf == "bias" and cut.tensor is None and cuts[f"{owner}.weight"].tensor is not None:
@@ -111,7 +111,7 @@ def _share_biases(model: Decoder, region: Region) -> None:
 
 def summed_parameters(model: nn.Module, region: Region) -> Iterator[nn.Parameter]:
     """The parameters that every rank holds and of whose gradient it computes only a part."""
-    for name, cut in declared_cuts(model).items():
+    for name, cut in declared_cuts(model, region.parts).items():
         if cut.tensor is None and (cut.inside or region.outside.is_shard()):
             yield model.get_parameter(name)
 

@@ -83,6 +83,8 @@ LAYOUTS = {
     "mtp2": (2, ["parallel.tensor.size=2"]),
     "msp2": (2, ["parallel.tensor.size=2", "parallel.tensor.mode=msp"]),
     "isp2": (2, ["parallel.tensor.size=2", "parallel.tensor.mode=isp"]),
+    "msp4 over 2 key heads": (4, ["parallel.tensor.size=4", "parallel.tensor.mode=msp"]),
+    "isp4 over 2 key heads": (4, ["parallel.tensor.size=4", "parallel.tensor.mode=isp"]),
     "pp2": (2, ["parallel.pipeline.size=2"]),
     "fsdp2": (2, ["parallel.zero1.fsdp=true"]),
 }
@@ -181,8 +183,8 @@ def test_parameters_and_flops_by_hand():
 def test_messages_name_the_familys_keys():
     with pytest.raises(ConfigError, match=r"model\.chosen=5 must be at most model\.experts=4"):
         load("model.chosen=5")
-    with pytest.raises(ConfigError, match=r"model\.keys=2 must be a multiple of parallel\.tensor\.size=4"):
-        load("parallel.tensor.size=4", "model.queries=8")
+    with pytest.raises(ConfigError, match=r"model\.keys=4 must be a multiple of parallel\.tensor\.size=6"):
+        load("parallel.tensor.size=6", "model.queries=12", "model.keys=4")
     with pytest.raises(ConfigError, match=r"model\.quereis: unknown key; did you mean model\.queries\?"):
         load("model.quereis=8")
     with pytest.raises(ConfigError, match=r"model\.hidden_size: unknown key"):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from portmoe.verify.runs.curves import Distance
-from portmoe.verify.runs.quantities import Kind, Quantity
+from portmoe.verify.runs.quantities import Kind
 
 Values = Sequence[float | None]
 WINDOW = 10  # steps a value is smoothed over

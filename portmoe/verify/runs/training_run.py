@@ -15,14 +15,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from portmoe.verify.machine.child import run_python
 from portmoe.files import json_text, write_whole
 from portmoe.ops import OPERATIONS
 from portmoe.ops.table import REFERENCE
 from portmoe.record.flat import as_now
 from portmoe.record.writers import METRICS, read_metrics
-from portmoe.verify.backend.report import Curve
 from portmoe.result import Result
+from portmoe.verify.backend.report import Curve
+from portmoe.verify.machine.child import run_python
 from portmoe.verify.runs.curves import Distance, distance, group_norms, layer_norms
 from portmoe.verify.runs.thresholds import FLOAT32, Thresholds
 
