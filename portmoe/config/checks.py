@@ -15,6 +15,7 @@ def contradictions(config: "Tree") -> Iterator[str]:
     yield from registry.families()[config.model_type].contradictions(config)
     yield from _of_the_model(config, config.architecture)
     yield from _of_the_parallel_sizes(config, config.architecture)
+    yield from _of_the_shards(config, config.architecture)
     yield from _of_the_engine(config)
 
 
@@ -75,6 +76,27 @@ def _of_the_parallel_sizes(config: "Tree", model: "Architecture") -> Iterator[st
                 f"{keys['experts']}={count} must be a multiple of "
                 f"parallel.expert.size={spread}; change one of the two"
             )
+
+
+def _of_the_shards(config: "Tree", model: "Architecture") -> Iterator[str]:
+    ranks = config.parallel.expert.size or 1
+    for count in sorted({experts.count for experts in model.expert_layers}):
+        if count % ranks == 0 and (problem := uneven_shards(config, count, ranks)):
+            yield problem
+
+
+def uneven_shards(config: "Tree", experts: int, ranks: int) -> str | None:
+    """Why a layer's ``experts`` on ``ranks`` cannot be computed so many at a time; None if they can."""
+    size, held = config.moe.expert_in_one_shard, experts // ranks
+    if config.moe.moe_implementation != "shard" or size is None or held % size == 0:
+        return None
+    possible = sorted((n for n in range(1, held + 1) if held % n == 0), key=lambda n: abs(n - size))
+    key = config.architecture.keys["experts"]
+    return (
+        f"moe.expert_in_one_shard={size} must divide the {held} experts of a layer that a rank holds "
+        f"({key}={experts} over {ranks} rank{'s' * (ranks > 1)}, parallel.expert.size); nearest possible: "
+        f"{' or '.join(map(str, sorted(possible[:2])))}"
+    )
 
 
 def _of_the_engine(config: "Tree") -> Iterator[str]:

@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 from portmoe.config.keys import SAME_RUN, no_effect
 from portmoe.config.section import ModelSection, Section
 from portmoe.config.sections.data import DataConfig
-from portmoe.config.sections.execution import OpsConfig, ParallelConfig, TrainerConfig
+from portmoe.config.sections.execution import PARTITIONED_PARAMETERS, OpsConfig, ParallelConfig, TrainerConfig
 from portmoe.config.sections.experts import MoeConfig
 from portmoe.config.sections.optimization import (
     AdamConfig,
@@ -93,6 +93,19 @@ class Tree(Section):
     def architecture(self) -> Architecture:
         """What the model is made of."""
         return registry.families()[self.model_type].architecture(self)
+
+    @property
+    def shards_parameters(self) -> bool:
+        """Whether parameters are sharded, and whole only while they are computed with."""
+        if self.trainer.engine == "deepspeed":
+            return self.trainer.deepspeed.zero_stage >= PARTITIONED_PARAMETERS
+        return self.parallel.gathers_by_block
+
+    @property
+    def expert_shard(self) -> int | None:
+        """How many experts of a layer are gathered, computed and freed at a time; None: all at once."""
+        sharded = self.moe.moe_implementation == "shard" and self.shards_parameters
+        return self.moe.expert_in_one_shard if sharded else None
 
     @property
     def recomputed_layers(self) -> int:

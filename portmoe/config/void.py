@@ -36,6 +36,21 @@ def _of_the_experts(config: "Tree") -> Iterator[Rule]:
             *("model.moe_type", "model.moe_use_residual"),
         ),
     )
+    yield (
+        config.moe.moe_implementation != "shard",
+        "moe.moe_implementation is 'origin': all experts of a layer are computed at once",
+        ("moe.expert_in_one_shard",),
+    )
+    yield (
+        not config.shards_parameters,
+        "the weights are whole on every rank; parallel.zero1.fsdp shards them",
+        ("moe.moe_implementation", "moe.expert_in_one_shard"),
+    )
+    yield (
+        config.moe.expert_in_one_shard is None,
+        "moe.expert_in_one_shard is null: all experts of a layer are computed at once",
+        ("moe.moe_implementation",),
+    )
     factors = ("moe.capacity_factor", "moe.eval_capacity_factor")
     own_loss = bool(gates) and config.architecture.balance.over not in ("gate", "first choice")
     yield (

@@ -46,7 +46,8 @@ def state_bytes(
     weights; a rank that shares them with no other copies only what it computes with in another dtype. With
     parameters sharded (``parallel.zero1.fsdp``, ``parallel.weight.size``) the gradients are sharded too, and
     compute copies are there of the embedding, the head, and two blocks: the one at work and the next. The
-    next is not there with ``parallel.weight`` and no overlap.
+    next is not there with ``parallel.weight`` and no overlap. Of experts that are gathered some at a time
+    (``moe.expert_in_one_shard``) only those are there.
 
     Args:
         parameters: of the part of the model that is here, with all experts of its layers.
@@ -70,8 +71,12 @@ def state_bytes(
     each = expert_ranks * tensor_ranks
     weight = config.parallel.weight
     blocks = 1 if weight.size > 1 and not weight.overlap else 2
+    experts = blocks * block.experts // each
+    if config.expert_shard is not None:
+        held = model.experts // expert_ranks
+        experts = block.experts // each * config.expert_shard // held
     return _part_bytes(config, rest, exact, shards, ends + blocks * beside, shared) + _part_bytes(
-        config, parameters.experts // each, 0, expert_shards, blocks * block.experts // each, shared
+        config, parameters.experts // each, 0, expert_shards, experts, shared
     )
 
 

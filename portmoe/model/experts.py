@@ -1,6 +1,6 @@
 """The experts: E SwiGLU networks computed together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -9,6 +9,9 @@ from torch import nn
 from portmoe.model.precision import computed
 from portmoe.model.sharing import Cut, compute_here
 from portmoe.ops import OpTable
+
+# Of some experts: called with what computes networks (rows, ends, w1, w3, w2), and their rows and ends.
+Shard = Callable[[Callable[..., torch.Tensor], torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 class Experts(nn.Module):
@@ -22,6 +25,8 @@ class Experts(nn.Module):
 
     Attributes:
         exchange: called with what computes the experts that are here and the arguments of ``forward``.
+        shards: of the experts here, in order, equally many each: what calls its argument with their weights,
+            which are whole only meanwhile. None: one call with the weights of all.
     """
 
     part = "experts"  # of a step, as profiles name it
@@ -39,6 +44,7 @@ class Experts(nn.Module):
         self.ops = ops
         self.even = even
         self.exchange: Callable[..., torch.Tensor] = compute_here
+        self.shards: Sequence[Shard] | None = None
 
     def forward(self, x: torch.Tensor, ends_E: torch.Tensor | None = None) -> torch.Tensor:
         """The experts' outputs for a buffer of rows.
@@ -50,7 +56,32 @@ class Experts(nn.Module):
         return self.exchange(self._compute, x, ends_E)
 
     def _compute(self, x: torch.Tensor, ends_E: torch.Tensor | None = None) -> torch.Tensor:
-        w1_EFH, w3_EFH, w2_EHF = (computed(weight, x.dtype) for weight in (self.w1, self.w3, self.w2))
+        if self.shards is None:
+            return self._networks(x, ends_E, *(computed(weight, x.dtype) for weight in self.weights))
         if ends_E is None:
-            return self.ops.expert_ffn(x, w1_EFH, w3_EFH, w2_EHF)
-        return self.ops.expert_ffn_ragged(x, ends_E, w1_EFH, w3_EFH, w2_EHF)
+            buffers = ((x_ECH, None) for x_ECH in x.chunk(len(self.shards)))
+        else:
+            buffers = _ragged_parts(x, ends_E, len(self.shards))
+        return torch.cat([shard(self._networks, *b) for shard, b in zip(self.shards, buffers, strict=True)])
+
+    @property
+    def weights(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+        """w1, w3, w2."""
+        return self.w1, self.w3, self.w2
+
+    def _networks(self, x: torch.Tensor, ends_E: torch.Tensor | None, *weights: torch.Tensor) -> torch.Tensor:
+        if ends_E is None:
+            return self.ops.expert_ffn(x, *weights)
+        return self.ops.expert_ffn_ragged(x, ends_E, *weights)
+
+
+def _ragged_parts(
+    x_RH: torch.Tensor, ends_E: torch.Tensor, parts: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The ragged buffer of each of ``parts`` runs of as many experts. Waits for the device."""
+    ends_PE = ends_E.view(parts, -1)
+    ends = ends_PE[:, -1].tolist()
+    lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    firsts = [0, *ends][:-1]
+    for rows_RH, first, own_E in zip(x_RH.split(lengths), firsts, ends_PE.unbind(0), strict=True):
+        yield rows_RH, own_E - first

@@ -180,14 +180,18 @@ class MoE(nn.Module):
                 operation, self.where, share.workload(share.inside, hidden=self.hidden, **chosen, **buffer)
             )
         # an expert sees the rows of all ranks that spread the experts among them
+        held = sizes.count // share.expert_ranks
+        at_once = share.expert_shard or held
+        rows = {} if at_once == held else {"rows": -(-share.inside * gate.top_k * at_once // held)}
         work = share.workload(
             share.inside,
             hidden=self.hidden,
             ffn_width=sizes.width // share.parts,
-            experts=sizes.count // share.expert_ranks,
+            experts=at_once,
             top_k=gate.top_k,
             capacity=0 if ragged else capacity * share.expert_ranks,
             dropless=gate.dropless,
+            **rows if ragged else {},
         )
         yield Call("expert_ffn_ragged" if ragged else "expert_ffn", self.where, work)
         for network in self._networks():

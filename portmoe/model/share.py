@@ -49,6 +49,7 @@ class Share:
         between: tokens this rank has between the regions of layers.
         regather: what enters a region is gathered again for the backward pass, not kept.
         expert_ranks: ranks the experts are spread over.
+        expert_shard: experts computed at a time; None: all that are here.
     """
 
     device: torch.device
@@ -62,6 +63,7 @@ class Share:
     between: int | None = None
     regather: bool = False
     expert_ranks: int = 1
+    expert_shard: int | None = None
 
     @property
     def parts(self) -> int:

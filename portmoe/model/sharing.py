@@ -1,8 +1,9 @@
 """What modules declare of how ranks may share them, and what they do alone.
 
 A module names the ``cuts`` of its parameters, and where activations cross between ranks it calls its
-``region``, ``tokens`` or ``exchange``, which do nothing until ``parallel`` puts others in their place. So a
-module says itself where it can be cut and where its region ends, and parallelism knows no module by name.
+``region``, ``tokens``, ``exchange`` or ``shards``, which do nothing until ``parallel`` puts others in their
+place. So a module says itself where it can be cut and where its region ends, and parallelism knows no module
+by name.
 """
 
 from collections.abc import Callable, Iterator

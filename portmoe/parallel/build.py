@@ -10,7 +10,7 @@ from portmoe.config import Config
 from portmoe.model.decoder import Decoder
 from portmoe.model.precision import compute_dtype
 from portmoe.ops.table import OpTable
-from portmoe.parallel import cuts, expert, sequence, tensor, vocabulary, weight, zero
+from portmoe.parallel import cuts, expert, expert_shards, sequence, tensor, vocabulary, weight, zero
 from portmoe.parallel.mesh import Meshes
 from portmoe.parallel.stages import Stage, stages_of
 from portmoe.parallel.tensor import Region
@@ -42,6 +42,8 @@ def build(
             vocabulary.share(decoder, region)
         cuts.cut_parameters(decoder, meshes, weights_are_shared=region is not None)
         expert.spread(decoder, meshes)
+        if config.expert_shard is not None:
+            expert_shards.shard(decoder, meshes, config.expert_shard)
         zero.shard(decoder, meshes, compute_dtype(config.model))
         if config.parallel.weight.size > 1:
             weight.gather_by(decoder, config.parallel.weight, pool)

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from portmoe.config import Config
+from portmoe.config.checks import uneven_shards
 from portmoe.config.sections.data import DataConfig
 from portmoe.errors import ConfigError
 
@@ -73,6 +74,9 @@ class Layout:
         _check_tensor(config)
         replicas = data * tensor if parallel.tensor.mode == "isp" else data
         weight = _dividing("parallel.weight.size", parallel.weight.size, replicas)
+        spread = parallel.expert.size or _most_expert_ranks(config, data)
+        expert = _dividing("parallel.expert.size", spread, replicas)
+        _check_shards(config, expert)
         return cls(
             world=world_size,
             data=data,
@@ -83,11 +87,7 @@ class Layout:
             moments=_moments(parallel.zero1.size, replicas // weight) if weight > 1 else 1,
             sequence=1 if parallel.tensor.mode == "mtp" else tensor,
             weight=weight,
-            expert=_dividing(
-                "parallel.expert.size",
-                parallel.expert.size or _most_expert_ranks(config, data),
-                replicas,
-            ),
+            expert=expert,
             micro_num=micro_num,
             micro_bsz=config.data.micro_bsz,
             seq_len=config.data.seq_len,
@@ -151,6 +151,13 @@ def _check_tensor(config: Config) -> None:
             raise ConfigError(
                 f"{key}={value} must be a multiple of parallel.tensor.size={size}; change one of the two"
             )
+
+
+def _check_shards(config: Config, ranks: int) -> None:
+    """What of a layer's experts lies on one rank must be a number of equal shards."""
+    for experts in config.architecture.expert_layers:
+        if problem := uneven_shards(config, experts.count, ranks):
+            raise ConfigError(problem)
 
 
 def _zero1(size: int, replicas: int) -> int:

@@ -28,6 +28,7 @@ def share_of(config: Config, layout: Layout, device: torch.device) -> Share:
         between=tokens // layout.sequence,
         regather=mode == "fsp" and layout.tensor > 1,
         expert_ranks=layout.expert,
+        expert_shard=config.expert_shard,
     )
 
 

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 from portmoe.costs.parameters import exact_modules, spread_modules
 from portmoe.model.decoder import Decoder
 from portmoe.model.precision import local_tensor
+from portmoe.parallel.expert_shards import weights_in_shards
 from portmoe.parallel.mesh import Meshes
 
 
@@ -41,7 +42,8 @@ def shard(model: Decoder, meshes: Meshes, dtype: torch.dtype) -> None:
     )
     drop = model.config.parallel.gathers_by_block
     settings = _settings(meshes.data) | {"reshard_after_forward": drop}
-    if meshes.expert.size() > 1:
+    in_shards = weights_in_shards(model)
+    if meshes.expert.size() > 1 and not in_shards:
         of_experts = _settings(meshes.expert_data) | {"reshard_after_forward": drop}
         for experts in spread_modules(model):
             fully_shard(experts, **of_experts, mp_policy=compute)
@@ -54,8 +56,9 @@ def shard(model: Decoder, meshes: Meshes, dtype: torch.dtype) -> None:
         for module in exact_modules(model):
             fully_shard(module, **settings, mp_policy=exact)
     for block in model.layers.values():
-        fully_shard(block, **settings, mp_policy=compute)
-    fully_shard(model, **settings | {"reshard_after_forward": False}, mp_policy=compute)
+        fully_shard(block, **settings, mp_policy=compute, ignored_params=in_shards)
+    whole = settings | {"reshard_after_forward": False}
+    fully_shard(model, **whole, mp_policy=compute, ignored_params=in_shards)
 
 
 def _settings(mesh: DeviceMesh) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from portmoe.config import Config
+from portmoe.config.sections.execution import PARTITIONED_PARAMETERS
 from portmoe.costs.parameters import parameter_groups
 from portmoe.data.batch import Batch
 from portmoe.errors import BackendError
@@ -29,8 +30,6 @@ from portmoe.training.optimizer import Optimizer, Update
 
 if TYPE_CHECKING:
     from portmoe.parallel.pipeline import Consume
-
-PARTITIONED_PARAMETERS = 3  # the stage from which parameters are sharded too
 
 
 class DeepSpeedEngine(Engine):

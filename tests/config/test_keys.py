@@ -28,6 +28,8 @@ SAME_RUN = [
     "model.use_flash_attn",
     "moe.enable_token_rearrange_opt",
     "moe.use_tutel",
+    "moe.moe_implementation",
+    "moe.expert_in_one_shard",
     "parallel",
     "ops",
     "trainer",

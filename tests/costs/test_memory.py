@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+import portmoe
 from portmoe.accelerator import get_accelerator
 from portmoe.config import Config
 from portmoe.costs.memory import activation_bytes, state_bytes
@@ -166,3 +167,16 @@ def test_activations_of_a_cut_dense_layer():
     expected -= tokens * 4 * (2 * hidden - hidden // 2)
     cut = share(config, ranks=4, between=tokens // 4, regather=True)
     assert activation_bytes(config, cut, head=False) == expected
+
+
+def test_experts_gathered_some_at_a_time_count_as_those():
+    """Of 16 experts in two layers the largest block has 16, and 2 of them are whole at a time."""
+    keys = ["model.num_experts=16", "parallel.zero1.fsdp=true", "parallel.expert.size=1"]
+    whole = portmoe.load_config("tiny_moe4", keys)
+    some = portmoe.load_config(
+        "tiny_moe4", [*keys, "moe.moe_implementation=shard", "moe.expert_in_one_shard=2"]
+    )
+    width, hidden = whole.model.ffn_width, whole.model.hidden_size
+    expert = 3 * width * hidden * 4
+    states = [state_bytes(config, count_parameters(config), shards=4) for config in (whole, some)]
+    assert states[0].weights - states[1].weights == (2 * 16 - 2) * expert

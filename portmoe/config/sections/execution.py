@@ -74,6 +74,9 @@ class OpsConfig(Section):
     disable: list[str] = Field([])  # implementations not to be chosen, as "attention.sdpa"
 
 
+PARTITIONED_PARAMETERS = 3  # the stage of DeepSpeed from which parameters are sharded too
+
+
 class DeepSpeedConfig(Section):
     """What DeepSpeed does; acts for ``trainer.engine: deepspeed`` only."""
 

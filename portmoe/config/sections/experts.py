@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from portmoe.config.keys import Key
+from portmoe.config.keys import SAME_RUN, Key
 from portmoe.config.section import LARGEST_SIZE, Experts, Factor, Section
 
 
@@ -23,6 +23,9 @@ class MoeConfig(Section):
     # which loss evens the load: the model's own, the benchmark's with loss.moe_loss_coeff, or none
     aux_loss: Literal["model", "gshard", "none"] = "model"
     use_tutel: Annotated[bool, Key(same_run=True, asks_for=("topk_gating",))] = False
+    # shard: where parameters are sharded, so many experts are gathered, computed and freed at a time
+    moe_implementation: Annotated[Literal["origin", "shard"], SAME_RUN] = "origin"
+    expert_in_one_shard: Annotated[Experts | None, SAME_RUN] = None  # null: all that a rank holds
 
     @model_validator(mode="after")
     def _policy_fits(self) -> "MoeConfig":
