@@ -126,12 +126,13 @@ def completed(tree: Mapping[str, Any]) -> Mapping[str, Any]:
             f"model_type={shorten(tree['model_type'])}, and {found.folder / CONFIG} says {model_type!r}; "
             "leave it out, or give the folder of such a model"
         )
-    for key, value in model.items():
-        if key in found.keys and value != found.keys[key] and not _same(found, key, value):
-            raise ConfigError(
-                f"model.{key}={shorten(value)}, and {found.folder / CONFIG} has {shorten(found.keys[key])}; "
-                "leave it out: the folder gives it"
-            )
+    others = [
+        f"model.{key}={shorten(value)}, and {found.folder / CONFIG} has {shorten(found.keys[key])}"
+        for key, value in model.items()
+        if key in found.keys and value != found.keys[key] and not _same(found, key, value)
+    ]
+    if others:
+        raise ConfigError(f"{'; '.join(others)}; leave out what the folder gives")
     return {**tree, "model_type": model_type, "model": {**found.keys, **model}}
 
 
