@@ -13,7 +13,8 @@ from portmoe.config.read import config_name, load_config
 from portmoe.errors import BackendError, ConfigError
 from portmoe.launch.address import with_known_address
 from portmoe.launch.interrupt import exit_code
-from portmoe.launch.ranks import LAUNCHERS, detect
+from portmoe.launch.nodes import Nodes
+from portmoe.launch.ranks import LAUNCHERS, detect, machine_of
 from portmoe.parallel.layout import Layout
 from portmoe.training.engines import require_engine
 
@@ -86,9 +87,14 @@ def train(
     config = load_config(name, overrides)
     if backend != AUTO:
         find(backend)
-    ranks = nproc if dry_run or nproc > 1 else _started(launcher)
-    if nproc > 1 and not dry_run:
-        _refuse_inside_of_a_launch(nproc, launcher)
+    machine = None if dry_run else machine_of(launcher)
+    if machine is not None:
+        nproc = _processes(machine, nproc)
+        ranks = machine.count * nproc
+    else:
+        ranks = nproc if dry_run or nproc > 1 else _started(launcher)
+        if nproc > 1 and not dry_run:
+            _refuse_inside_of_a_launch(nproc, launcher)
     if problems := list(of_the_data(config)):
         raise ConfigError(f"{name}: {problems[0]}")
     Layout.plan(config, world_size or ranks)
@@ -99,13 +105,22 @@ def train(
 
         click.echo(describe(config, name, backend, world_size or nproc))
         return
-    if nproc > 1:
+    if nproc > 1 or machine is not None:
         from portmoe.launch.spawn import spawn
 
         settings = [part for override in overrides for part in ("--set", override)]
-        argv = ["train", "--config", name, *settings, "--backend", backend, "--launcher", "torchrun"]
+        argv = [
+            "train",
+            "--config",
+            name,
+            *settings,
+            "--backend",
+            backend,
+            "--launcher",
+            "nodes" if machine else "torchrun",
+        ]
         argv += ["--profile"] if profile else []
-        sys.exit(spawn(nproc, argv, max_restarts))
+        sys.exit(spawn(nproc, argv, max_restarts, machine=machine))
     from portmoe.training.run import train as start
 
     called = config_name(name) + (f"-twin{config.run.twin}" if config.run.twin else "")
@@ -119,6 +134,16 @@ def _of_twin(name: str, overrides: tuple[str, ...], twin: int) -> tuple[str, ...
     directory = load_config(name, overrides).run.directory
     beside = () if directory is None else (f"run.directory={json.dumps(f'{directory}-twin{twin}')}",)
     return (*overrides, f"run.twin={twin}", *beside)
+
+
+def _processes(machine: Nodes, nproc: int) -> int:
+    """How many ranks each machine has."""
+    if nproc > 1 and machine.processes not in (None, nproc):
+        raise click.UsageError(
+            f"--nproc {nproc} and NPROC_PER_NODE={machine.processes} in the environment disagree; "
+            "give one of them"
+        )
+    return machine.processes or nproc
 
 
 def _started(launcher: str) -> int:

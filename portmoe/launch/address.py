@@ -33,8 +33,8 @@ def with_known_address(ranks: Ranks, environ: Mapping[str, str], patience: float
     if problem:
         raise BackendError(
             f"rank {ranks.rank} ({ranks.host}) does not know the address of {name!r}, where rank 0 is: "
-            f"{problem}; set MASTER_ADDR to an address or a name of that host which all hosts know, for all "
-            f"ranks, or enter {name!r} in the name service or in /etc/hosts"
+            f"{problem}; set {ranks.variables[0]} to an address or a name of that host which all hosts know, "
+            f"for all ranks, or enter {name!r} in the name service or in /etc/hosts"
         )
     return ranks
 

@@ -98,10 +98,11 @@ def _meet(ranks: Ranks, timeout: timedelta) -> dist.Store:
             _await_first_rank(ranks, deadline)
         return _await_all(_connect(ranks, timeout), ranks, deadline)
     except (OSError, dist.DistError) as error:
+        address, port = ranks.variables
         raise BackendError(
             f"rank {ranks.rank} ({ranks.host}) cannot reach rank 0 at {_meeting_point(ranks)}: "
-            f"{_first_line(error)}; check that rank 0 was started, that MASTER_ADDR is its host and that "
-            "MASTER_PORT is free and open there"
+            f"{_first_line(error)}; check that rank 0 was started, that {address} is its host and that "
+            f"{port} is free and open there"
         ) from error
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from portmoe.errors import BackendError, ConfigError
 from portmoe.launch.mpi import FAMILIES, Family, family_of, rendezvous
+from portmoe.launch.nodes import TOGETHER, Nodes, nodes_of
 
-LAUNCHERS = ("auto", "local", "torchrun", "srun", "mpi")
+LAUNCHERS = ("auto", "local", "torchrun", "srun", "mpi", "nodes")
 LOOPBACK = "127.0.0.1"
 FIRST_PORT, PORTS = 20000, 10000  # below the ports Linux hands out by itself
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0  # SLURM's numbers for what is no step of srun's
@@ -32,12 +33,19 @@ class Ranks:
     master_port: int  # 0: one process, nothing listens
     source: str  # the launcher that said so
 
+    @property
+    def variables(self) -> tuple[str, str]:
+        """What the address and the port are set by in the environment."""
+        return ("ADDR", "PORT") if self.source == "nodes" else ("MASTER_ADDR", "MASTER_PORT")
+
 
 def detect(launcher: str = "auto", environ: Mapping[str, str] = os.environ) -> Ranks:
     """Read rank and world size from the launcher's environment variables.
 
     ``auto`` takes torchrun's variables where they are, then those of an MPI launcher, then those of a SLURM
-    task, else one process.
+    task, else one process. ``nodes`` is for the ranks that one command a machine has started, see
+    ``launch.nodes``: what spawned them gives their place on the machine, and the machine's place is in the
+    environment.
 
     Raises:
         ConfigError: no such launcher, or the variables contradict each other.
@@ -50,7 +58,8 @@ def detect(launcher: str = "auto", environ: Mapping[str, str] = os.environ) -> R
         launcher = _launched_by(environ)
     if launcher == "local":
         return Ranks(0, 0, 1, 1, socket.gethostname(), LOOPBACK, 0, "local")
-    ranks = {"torchrun": _from_torchrun, "srun": _from_slurm, "mpi": _from_mpi}[launcher](environ)
+    by_launcher = {"torchrun": _from_torchrun, "srun": _from_slurm, "mpi": _from_mpi, "nodes": _from_nodes}
+    ranks = by_launcher[launcher](environ)
     if ranks.master_port > 65535:
         raise ConfigError(f"the environment variable MASTER_PORT={ranks.master_port} must be at most 65535")
     for name, index, size in (
@@ -111,6 +120,44 @@ def _from_torchrun(environ: Mapping[str, str]) -> Ranks:
         number("MASTER_PORT"),
         "torchrun",
     )
+
+
+def _from_nodes(environ: Mapping[str, str]) -> Ranks:
+    nodes = nodes_of(environ)
+    if nodes is None:
+        missing = ", ".join(name for name in TOGETHER if not environ.get(name))
+        raise BackendError(
+            f"--launcher nodes needs {', '.join(TOGETHER)} in the environment, and {missing} is not set; set "
+            "them on every machine, or use --launcher local"
+        )
+    local_rank, here = (_number(environ, name, "nodes") for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    return Ranks(
+        nodes.rank * here + local_rank,
+        local_rank,
+        nodes.count * here,
+        here,
+        socket.gethostname(),
+        nodes.address,
+        nodes.port,
+        "nodes",
+    )
+
+
+def machine_of(launcher: str, environ: Mapping[str, str] = os.environ) -> Nodes | None:
+    """This machine's place where the command is to start its ranks; None where the command is a rank itself.
+
+    The ranks of a launcher go before, unless srun has started the one process a machine that is to start
+    the ranks there.
+    """
+    if launcher not in ("auto", "nodes") or ("RANK" in environ and "WORLD_SIZE" in environ):
+        return None
+    nodes = nodes_of(environ)
+    if nodes is None or launcher == "nodes":
+        return nodes
+    started = _launched_by(environ)
+    if started == "srun" and _number(environ, "SLURM_NTASKS", "srun") == nodes.count:
+        return nodes if _slurm_tasks_here(environ, nodes.count) == 1 else None
+    return nodes if started == "local" else None
 
 
 def _from_mpi(environ: Mapping[str, str]) -> Ranks:

@@ -20,18 +20,29 @@ from portmoe.accelerator.host_memory import likely_cause
 from portmoe.errors import BackendError, ConfigError, TrainingError
 from portmoe.launch.interrupt import SIGNALS, exit_code, heeded
 from portmoe.launch.launch import PARENT
+from portmoe.launch.nodes import Nodes
 
 _STOPPED = tuple(map(exit_code, SIGNALS))  # of ranks that were asked to stop
 _PERMANENT = (ConfigError.exit_code, BackendError.exit_code)  # a restart would meet them again
 
 
-def spawn(nproc: int, argv: Sequence[str], max_restarts: int = 0, *, module: str = "portmoe") -> int:
+def spawn(
+    nproc: int,
+    argv: Sequence[str],
+    max_restarts: int = 0,
+    *,
+    module: str = "portmoe",
+    machine: Nodes | None = None,
+) -> int:
     """Run ``python -m module argv`` as ``nproc`` ranks on this machine; return the exit code.
 
     The code is 0, or that of the rank that failed first; a rank ended by a signal counts as a
     failed training. After a failure that another attempt may not meet again, all ranks are started
     anew, ``max_restarts`` times at most. SIGTERM, SIGINT and SIGHUP, unless the caller ignores them, are
     passed on, and the ranks save and end on their own; a second SIGINT makes them leave at once.
+
+    Args:
+        machine: this one's place where others have ranks of the run too. Each starts its own again.
     """
     _quiet_elastic_logs()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -58,6 +69,8 @@ def spawn(nproc: int, argv: Sequence[str], max_restarts: int = 0, *, module: str
         local_addr="localhost",
     )
     agent = _Agent(spec, DefaultLogsSpecs(log_dir=os.devnull))
+    if machine is not None:
+        agent.first, agent.ranks = machine.rank * nproc, machine.count * nproc
     try:
         with _forwarded_signals(agent):
             result = agent.run()
@@ -84,6 +97,8 @@ class _Agent(LocalElasticAgent):
 
     passed_on: signal.Signals | None = None  # the first signal that was
     restarts = 0
+    first = 0  # rank here
+    ranks: int | None = None  # of the run; None: those here
 
     def pids(self) -> list[int]:
         """The ranks' process ids."""
@@ -109,7 +124,8 @@ class _Agent(LocalElasticAgent):
             )
             if failure.exitcode == -signal.SIGKILL:
                 how += f", {likely_cause()}"
-            _say(f"rank {rank} of {worker_group.spec.local_world_size} (process {failure.pid}) {how}")
+            ranks = self.ranks or worker_group.spec.local_world_size
+            _say(f"rank {self.first + rank} of {ranks} (process {failure.pid}) {how}")
             if self.passed_on or failure.exitcode in _PERMANENT:
                 raise _NoRestart(result)
             if self.restarts < worker_group.spec.max_restarts:

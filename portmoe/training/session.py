@@ -106,7 +106,8 @@ def open_session(
     with ExitStack() as stack, _explained(ranks) as roll_calls:
         device = launch.start(accelerator, ranks, config.run.collective_timeout)
         stack.callback(launch.stop)
-        if ranks.world_size > 1 and launch.PARENT not in os.environ:
+        elsewhere = launch.PARENT not in os.environ or ranks.local_world_size < ranks.world_size
+        if ranks.world_size > 1 and elsewhere:  # what started the ranks here sees no others end
             roll_calls.append(RollCall(ranks))
             stack.callback(roll_calls[0].close)
         require_memory(config, layout, accelerator, ranks)
