@@ -50,7 +50,10 @@ class Checkpointer:
             copy stays allocated for the next save: host memory of this rank's share of the tensors.
         group: a gloo group of all ranks that nothing else uses: the background write communicates.
         always: steps whose checkpoints stay whatever ``keep`` is.
-        whole: called on rank 0 with the folder of each checkpoint that was written, from any thread.
+
+    Attributes:
+        on_whole: called on rank 0 with the step of each checkpoint that was written, and with the file that
+            holds the checksums of its others; from any thread.
     """
 
     def __init__(
@@ -60,12 +63,11 @@ class Checkpointer:
         asynchronous: bool,
         group: dist.ProcessGroup,
         always: Collection[int] = (),
-        whole: Callable[[Path], None] = lambda checkpoint: None,
     ) -> None:
         self.folder = folder
         self.keep = keep
         self._always = frozenset(always)
-        self._whole = whole
+        self.on_whole: Callable[[int, Path], None] = lambda step, state_file: None
         self.asynchronous = asynchronous
         self._group = group
         self._stager = DefaultStager(StagingOptions(False, False, False, False))
@@ -169,7 +171,7 @@ class Checkpointer:
         return None
 
     def _became_whole(self, step: int, replaced: Path | None) -> None:
-        self._whole(folder_of(self.folder, step))
+        self.on_whole(step, folder_of(self.folder, step) / STATE_FILE)
         older = beyond(self.folder, step, max(self.keep, 2), self._always)
         remove([replaced, *older] if replaced else older, self._problems.append)
 

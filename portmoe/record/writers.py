@@ -1,4 +1,4 @@
-"""Where a run's records go: metrics.jsonl, train.log, TensorBoard events and the console.
+"""Where a run's records go: metrics.jsonl and its chain, train.log, TensorBoard events and the console.
 
 All of it is written by one rank. Whatever the disk refuses becomes a ``TrainingError``.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from portmoe.errors import TrainingError
+from portmoe.record.chain import CHAIN, Chain
 from portmoe.record.console import Console
 from portmoe.record.flat import as_now, flat
 from portmoe.record.log_line import OF_REPLAY, to_json, to_text
@@ -59,9 +60,13 @@ class Writers:
         self._enabled = enabled
         if not enabled:
             return
+        self._directory = directory
         self._expert_ranks = expert_ranks
         self._console = Console(stream or sys.stdout, terminal, total_steps)
         drop_steps_from(directory / METRICS, first_step)
+        with _disk(directory / CHAIN):
+            self._chain = Chain(directory)
+            self._chain.start(first_step, _now())
         self._metrics = _AppendedFile(directory / METRICS)
         self._log = _AppendedFile(directory / LOG)
         self._events = _EventFile(directory / EVENTS, tensorboard_queue, first_step)
@@ -76,13 +81,20 @@ class Writers:
             return
         record = {**record, **(validation or {})}
         line = to_text(record, self._expert_ranks)
-        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        self._metrics.append(to_json({**record, "timestamp": now}) + "\n")
+        written = to_json({**record, "timestamp": _now()}) + "\n"
+        self._metrics.append(written)
+        with _disk(self._directory / CHAIN):
+            self._chain.step(record["step"], written)
         self._log.append(_stamped(line))
         self._console.step(record, line)
         problem = self._events.add(record)
         if problem:
             self.note(problem)
+
+    def checkpoint(self, step: int, state_file: Path) -> None:
+        """Chain a whole checkpoint to the run's record, also after ``close``; on the rank that writes."""
+        with _disk(self._directory / CHAIN):
+            self._chain.checkpoint(step, state_file)
 
     def note(self, text: str) -> None:
         """Write ``text`` to console and train.log."""
@@ -149,6 +161,10 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
 def _stamped(text: str) -> str:

@@ -159,6 +159,7 @@ def _opened(
         expert_ranks=layout.expert,
         enabled=ranks.rank == 0,
     )
+    checkpointer.on_whole = writers.checkpoint
     stack.callback(writers.close)
     splits = ("train", "valid") if config.data.valid_every else ("train",)
     streams = {
