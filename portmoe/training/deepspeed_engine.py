@@ -126,12 +126,14 @@ class DeepSpeedEngine(Engine):
             for batch in batches:
                 measure(batch, self._zero(batch.tokens_T, batch))
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self, optimizer: bool = True) -> dict[str, torch.Tensor]:
         """Whole copies on the host, each on one rank, so that no rank holds all of them."""
-        return {name: whole for name, whole in self._gathered() if whole is not None}
+        return {name: whole for name, whole in self._gathered(optimizer) if whole is not None}
 
-    def _gathered(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+    def _gathered(self, optimizer: bool) -> Iterator[tuple[str, torch.Tensor | None]]:
         for number, (key, name, piece) in enumerate(self._named_pieces()):
+            if not optimizer and not key.startswith("model."):
+                continue
             owner = number % dist.get_world_size()
             whole = torch.zeros(self._shapes[name].numel(), device=self._device)
             start = self._pieces[name][0]

@@ -145,8 +145,12 @@ class Engine(ABC):
         """Run every micro-batch forward and ``measure`` it."""
 
     @abstractmethod
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything a checkpoint holds as tensors, by name: plain tensors or DTensors. Collective."""
+    def tensors(self, optimizer: bool = True) -> dict[str, torch.Tensor]:
+        """Everything a checkpoint holds as tensors, by name: plain tensors or DTensors. Collective.
+
+        Args:
+            optimizer: with its state; else the parameters alone.
+        """
 
     @abstractmethod
     def take(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -231,8 +235,10 @@ class NativeEngine(Engine):
             self._pipeline.evaluate(batches, measure)
         zero.drop_compute_copies(self.model)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self, optimizer: bool = True) -> dict[str, torch.Tensor]:
         model = {f"model.{name}": p.detach() for name, p in self.optimizer.parameters.items()}
+        if not optimizer:
+            return model
         return model | {f"optimizer.{name}": t for name, t in self.optimizer.tensors().items()}
 
     def take(self, tensors: Mapping[str, torch.Tensor]) -> None:

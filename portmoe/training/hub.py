@@ -182,11 +182,8 @@ def export_run(run: Path, step: int | None, out: Path, dtype: str | None) -> int
 
 
 def _parameters(engine: Engine) -> dict[str, torch.Tensor]:
-    return {
-        name.removeprefix(PREFIX): tensor
-        for name, tensor in engine.tensors().items()
-        if name.startswith(PREFIX)
-    }
+    tensors = engine.tensors(optimizer=False)
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
 def _config_json(config: Config, hub: Hub, dtype: torch.dtype) -> dict[str, Any]:
