@@ -1,5 +1,6 @@
 """``portmoe export``."""
 
+import sys
 from pathlib import Path
 
 import click
@@ -28,7 +29,10 @@ def export(run: Path, step: int | None, out: Path, dtype: str | None) -> None:
 
     One process reads and writes a few MiB at a time, whatever ranks the checkpoint is from.
     """
+    from portmoe.record.progress import Progress
+    from portmoe.record.terminal import terminal
     from portmoe.training.hub import export_run
 
-    chosen = export_run(run, step, out, dtype)
+    with Progress(terminal(sys.stderr), unit="parameter") as progress:
+        chosen = export_run(run, step, out, dtype, progress)
     click.echo(f"written: {out}, the weights after step {chosen} of {run}")

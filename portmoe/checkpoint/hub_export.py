@@ -6,7 +6,7 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,31 @@ PREFIX = "model."  # of the parameters' names in a checkpoint
 
 
 def export(
-    checkpoint: Path, target: Target, shapes: Mapping[str, tuple[int, ...]], made: Mapping[str, Made]
+    checkpoint: Path,
+    target: Target,
+    shapes: Mapping[str, tuple[int, ...]],
+    made: Mapping[str, Made],
+    progress: Callable[[str, int, int], None],
 ) -> None:
     """Write the weights of ``checkpoint`` into ``target``.
 
     Args:
         shapes: of the parameters, by name.
+        progress: told what is done now, and how many of how many parameters are.
 
     Raises:
         ConfigError: it is no checkpoint, or one of another model.
         TrainingError: it is damaged, or the folder cannot be written; nothing is left of it then.
     """
+    progress("checksums", 0, len(shapes))
     require_sound(checkpoint, read_record(checkpoint)["files"])
     metadata = Reader(checkpoint).read_metadata()
     _require_model(checkpoint, metadata, shapes)
     try:
         target.begin()
         with Files() as sources, target.filled() as files:
-            for name, shape in shapes.items():
+            for number, (name, shape) in enumerate(shapes.items()):
+                progress(name, number, len(shapes))
                 for chunk in metadata.state_dict_metadata[PREFIX + name].chunks:
                     stored = _stored(checkpoint, metadata, PREFIX + name, chunk)
                     for piece in pieces(made[name], shape, Part(tuple(chunk.offsets), tuple(chunk.sizes))):

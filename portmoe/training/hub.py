@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,11 +150,18 @@ def export(config: Config, run: Path, final: Path, engine: Engine, group: dist.P
     write(target(config, run, final), _parameters(engine), hub_of(config).made(config.architecture), group)
 
 
-def export_run(run: Path, step: int | None, out: Path, dtype: str | None) -> int:
+def export_run(
+    run: Path,
+    step: int | None,
+    out: Path,
+    dtype: str | None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> int:
     """Write a checkpoint of the run in ``run`` to the folder ``out``, on this process alone.
 
     Args:
         step: None: the newest.
+        progress: as ``checkpoint.hub_export.export`` takes it.
 
     Returns:
         The step.
@@ -176,8 +183,8 @@ def export_run(run: Path, step: int | None, out: Path, dtype: str | None) -> int
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {str(out)!r} exists and is not empty; give another folder")
     chosen = steps[-1] if step is None else step
-    made = hub.made(config.architecture)
-    stream(folder_of(checkpoints, chosen), target(config, run, out, dtype), parameter_shapes(config), made)
+    checkpoint, made = folder_of(checkpoints, chosen), hub.made(config.architecture)
+    stream(checkpoint, target(config, run, out, dtype), parameter_shapes(config), made, progress)
     return chosen
 
 

@@ -1,6 +1,8 @@
 """What a run leaves in the hub's format, and ``portmoe export`` of its checkpoints."""
 
+import errno
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -35,6 +37,23 @@ def train(directory, overrides, room):
     finally:
         hub_write.shutil.disk_usage = usage
     return (directory / "train.log").read_text()
+
+
+def train_while_a_disk_fills(directory):
+    """One rank's run, in which rank 1 finds no room for its part of hf_model."""
+    from portmoe.checkpoint import arrays
+
+    write = arrays.os.pwritev
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if os.environ["RANK"] == "1":
+        arrays.os.pwritev = full
+    try:
+        return train(directory, ["ckpt.export_every=null"], True)
+    finally:
+        arrays.os.pwritev = write
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +158,10 @@ def test_a_disk_without_room_ends_no_run_that_has_a_checkpoint(world, tmp_path):
     assert "WARNING" not in log
     for name in ("saved", "lost", "none"):
         assert not list((tmp_path / name).glob("hf_model*"))
+
+
+def test_a_disk_that_fills_on_one_rank_leaves_nothing_half_written(world, tmp_path):
+    for log in world(2).call(train_while_a_disk_fills, tmp_path / "run"):
+        assert "hf_model could not be written: No space left on device" in log
+        assert "finished after step 2" in log
+    assert not list((tmp_path / "run").glob("hf_model*"))
