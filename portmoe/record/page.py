@@ -104,6 +104,11 @@ def _footer(made: Mapping[str, object]) -> str:
     return f"<footer><details><summary>How this was made</summary>{facts(rows)}</details></footer>"
 
 
+def sentence(text: str) -> str:
+    """Return a verdict as a sentence: "the runs agree" → "The runs agree."."""
+    return f"{text[:1].upper()}{text[1:]}."
+
+
 def anchor(text: str) -> str:
     """Return ``text`` as the name of a place on the page."""
     return re.sub(r"[^\w.]+", "-", text.lower()).strip("-")

@@ -103,11 +103,10 @@ def html(found: Bisection) -> str:
     ]
     notes = [page.paragraph(note) for note in (*found.notes, *found.whole.notes)]
     repair = [page.code("\n".join(_verdict(found)[1:]))] if defects else []
-    said = verdict(found)
     return page.page(
         "portmoe bisect",
         "pass" if found.passed else "fail",
-        f"{said[:1].upper()}{said[1:]}.",
+        page.sentence(verdict(found)),
         [*repair, page.facts(stated), *notes],
         sections,
         found.provenance,

@@ -19,9 +19,10 @@ def html(report: Report) -> str:
     if not report.can_train and report.asked == AUTO:
         findings += [f for b in report.backends for f in b.findings if f.status == "fail"]
     repair = [f for f in findings if f.status in ("fail", "warn")]
-    facts = [("trains on", report.auto or "no backend"), *_facts(decisive), *report.versions.items()]
+    facts = [("trains on", report.auto or "no backend"), *_facts(decisive)]
     summary = [page.facts(facts), *([_checks(repair)] if repair else [])]
-    sections = [page.Section("This machine", [_checks(report.findings)], folded=True)]
+    machine = [page.facts(list(report.versions.items())), _checks(report.findings)]
+    sections = [page.Section("This machine", machine, folded=True)]
     for backend in report.backends:
         state = "can train" if backend.can_train else "cannot train"
         chosen = [_operations(backend)] if backend.operations else []

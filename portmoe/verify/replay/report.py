@@ -82,7 +82,7 @@ def html(found: Replay) -> str:
         for step, results in steps.items()
     ]
     status = "pass" if found.passed else "fail"
-    return page.page("portmoe replay", status, verdict(found), summary, sections, of_report())
+    return page.page("portmoe replay", status, page.sentence(verdict(found)), summary, sections, of_report())
 
 
 def _by_step(found: Replay) -> dict[str, list[Result]]:

@@ -166,11 +166,7 @@ def html(found: Comparison) -> str:
         ),
     ]
     status = "pass" if found.passed else "fail"
-    return page.page("portmoe compare", status, _sentence(verdict(found)), summary, sections, of_report())
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}."
+    return page.page("portmoe compare", status, page.sentence(verdict(found)), summary, sections, of_report())
 
 
 def _lines(judged: Judged, width: int) -> list[str]:
