@@ -32,12 +32,12 @@ def config(context: click.Context, name: str, overrides: tuple[str, ...]) -> Non
 @click.option("-o", "--output", default=None, metavar="FILE.yaml", help="Write here instead of printing.")
 @click.option("--force", is_flag=True, help="Overwrite the output file.")
 def import_(source: str, output: str | None, force: bool) -> None:
-    """Turn an InternEvo config into a YAML config, without executing it.
+    """Turn a config of InternEvo or XTuner into a YAML config, without executing it.
 
     Literals, arithmetic and names assigned before are read; anything else is named with its line. What
     could not be carried over is listed on standard error and on top of the result.
     """
-    from portmoe.config.internevo.importer import import_config
+    from portmoe.config.importers import import_config
 
     imported = import_config(source)
     resolved = imported.config
@@ -52,7 +52,7 @@ def import_(source: str, output: str | None, force: bool) -> None:
         click.echo("warning: keys of the model were left out: this may be another model", err=True)
     if imported.defaults:
         click.echo(
-            f"note: not in the file, so InternEvo's defaults hold, and portmoe's where it has none: "
+            f"note: not in the file, so {imported.program}'s defaults hold, and portmoe's where it has none: "
             f"{', '.join(imported.defaults)}",
             err=True,
         )

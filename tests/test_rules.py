@@ -144,7 +144,7 @@ def test_no_vendor_is_named_outside_the_backends(path):
 
 
 FAMILIES = re.compile(r"intern_?lm|mixtral|qwen|deepseek", re.IGNORECASE)
-KNOWS_FAMILIES = ("portmoe/families/", "portmoe/config/internevo/")
+KNOWS_FAMILIES = ("portmoe/families/", "portmoe/config/internevo/", "portmoe/config/xtuner/")
 
 
 @pytest.mark.parametrize("path", NEUTRAL, ids=name_of)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import portmoe
 from portmoe.cli import main as command
-from portmoe.config.internevo.importer import import_config
-from portmoe.config.internevo.literals import Unreadable, read_assignments
+from portmoe.config.importers import import_config
+from portmoe.config.literals import Unreadable, read_assignments
 from portmoe.config.read import dump_config
 from portmoe.costs.parameters import count_parameters
 from portmoe.errors import ConfigError

@@ -4,21 +4,18 @@ Its sections and keys are the benchmark's and therefore ours; what differs is li
 below. Everything the file says is either in the result or in ``left_out``, with the reason.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from portmoe.config import yaml as config_yaml
 from portmoe.config.checks import of_the_data
+from portmoe.config.imported import Imported, LeftOut, not_read
 from portmoe.config.internevo.defaults import DEFAULTS, DENSE, MODEL_TYPE, SHAPE
-from portmoe.config.internevo.literals import ALLOWED, Lines, Unreadable, read_assignments
 from portmoe.config.keys import walk
+from portmoe.config.literals import Assignments, Lines, Unreadable
 from portmoe.config.messages import sections, shorten, violations
-from portmoe.config.read import parse_config, read_text
 from portmoe.config.schema import Config
 from portmoe.errors import ConfigError
 
@@ -46,67 +43,19 @@ OPTIONAL_SECTION = "ckpt.load_ckpt_info"
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """A key of the file that is not in the result."""
-
-    key: str
-    value: str
-    line: int
-    why: str
-
-    def __str__(self) -> str:
-        key = self.key if self.key.isprintable() else shorten(self.key)
-        return f"line {self.line}: {key:.120} = {self.value}: {self.why}"
-
-
-@dataclass
-class Imported:
-    """The outcome: ``tree`` holds what was carried over.
-
-    ``defaults``: keys that the file does not give, each with the value it has then: InternEvo's default, or
-    portmoe's where InternEvo has no such key.
-    """
-
-    source: str
-    tree: dict[str, Any]
-    left_out: list[LeftOut]
-    defaults: list[str]
-    notes: list[str]
-
-    @property
-    def config(self) -> Config:
-        """The typed whole, read from what ``yaml`` writes."""
-        return parse_config(self.yaml(), self.source)
-
-    @property
-    def model_may_differ(self) -> bool:
-        """Whether a key of the model itself was left out."""
-        return any(item.key.startswith(("model.", "moe.")) for item in self.left_out)
-
-    def yaml(self) -> str:
-        """A config file, with what is not in it as comments on top."""
-        head = [f"Imported from {shorten(Path(self.source).name)}."]
-        if self.left_out:
-            head += ["Not carried over:", *(f"  {item}" for item in self.left_out)]
-        return "".join(f"# {line}\n" for line in head) + config_yaml.dump(self.tree)
-
-
-@dataclass(frozen=True)
 class _Leaf:
     path: str
     value: Any
     line: int
 
 
-def import_config(path: str | os.PathLike[str]) -> Imported:
-    """Read the Python config at ``path``.
+def carried_over(source: str, found: Assignments) -> Imported:
+    """What the file at ``source`` assigns, as a config of ours.
 
     Raises:
-        ConfigError: the file cannot be read, a key of ours is computed in a way that is not read, it
-            configures another type of model, or the keys contradict each other.
+        ConfigError: a key of ours is computed in a way that is not read, the file configures another type of
+            model, or the keys contradict each other.
     """
-    source = os.fspath(path)
-    found = read_assignments(read_text(source, packaged=False).removeprefix("\ufeff"), source)
     if not set(found.names) & set(Config.model_fields):
         raise ConfigError(
             f"{source}: assigns none of the sections of a config, as in model = dict(…); "
@@ -115,13 +64,13 @@ def import_config(path: str | os.PathLike[str]) -> Imported:
     leaves, left_out = _sorted_out(found.names)
     unread = [*found.unread, *(leaf.value for leaf in leaves if isinstance(leaf.value, Unreadable))]
     if unread:
-        raise ConfigError(_not_read(source, unread))
+        raise ConfigError(not_read(source, unread))
     _require_model(source, found.names)
     leaves = _of_one_type(leaves, left_out)
     tree = _validated(source, leaves, left_out)
     left_out.sort(key=lambda item: item.line)
     given = {leaf.path for leaf in leaves if leaf.line} - {item.key for item in left_out}
-    return Imported(source, tree, left_out, list(_defaults(tree, given)), _notes(tree))
+    return Imported("InternEvo", source, tree, left_out, list(_defaults(tree, given)), _notes(tree))
 
 
 def _require_model(source: str, names: Lines) -> None:
@@ -152,12 +101,6 @@ def _of_one_type(leaves: Sequence[_Leaf], left_out: list[LeftOut]) -> list[_Leaf
 def _notes(tree: dict[str, Any]) -> list[str]:
     config = Config.model_validate(tree)
     return [f"{problem}; the file names no data" for problem in of_the_data(config)]
-
-
-def _not_read(source: str, unread: Sequence[Unreadable]) -> str:
-    lines = dict.fromkeys(f"line {u.line}: {shorten(u.source)}: {u.why}" for u in unread)
-    listed = "".join(f"\n  {line}" for line in lines)
-    return f"{source}: cannot be read without executing it, which is not done:{listed}\n  {ALLOWED}"
 
 
 def _sorted_out(names: Lines) -> tuple[list[_Leaf], list[LeftOut]]:

@@ -11,7 +11,7 @@ import operator
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from portmoe.errors import ConfigError
@@ -23,6 +23,7 @@ ALLOWED = (
 MAX_DEPTH = 40
 MAX_BITS = 1024  # of an integer
 MAX_TEXT = 4096  # characters
+MAX_ITEMS = 4096  # of lists put together
 
 _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -42,11 +43,12 @@ _SIGNS: dict[type[ast.unaryop], Callable[[Any], Any]] = {
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A value the file computes in a way that is not read."""
+    """A value the file computes in a way that is not read; ``name`` is that of something imported."""
 
     line: int
     source: str
     why: str
+    name: str = ""
 
 
 class Lines(dict[str, Any]):
@@ -117,12 +119,16 @@ class _Reader:
                     self.found.names.put(target.id, result, node.lineno)
             case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
                 self.found.names.put(name, self._value_or_unreadable(value, 0), node.lineno)
+            case ast.AugAssign(target=ast.Name(id=name) as target, op=sign, value=value):
+                before = ast.copy_location(ast.Name(target.id), target)
+                whole = ast.copy_location(ast.BinOp(before, sign, value), node)
+                self.found.names.put(name, self._value_or_unreadable(whole, 0), node.lineno)
             case ast.Expr(value=ast.Constant()) | ast.Pass():
                 pass  # a text that comments
             case ast.Import(names=names) | ast.ImportFrom(names=names) if names[0].name != "*":
                 for alias in names:
                     name = alias.asname or alias.name.partition(".")[0]
-                    self.bound[name] = self._unreadable(node, "nothing is imported")
+                    self.bound[name] = replace(self._unreadable(node, "nothing is imported"), name=name)
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                 self.bound[name] = self._unreadable(node, "nothing is executed")
             case _:
@@ -205,6 +211,10 @@ class _Reader:
             raise self._cannot(node, str(error)) from None
 
     def _arithmetic(self, node: ast.expr, sign: ast.operator, left: Any, right: Any) -> Any:
+        if isinstance(left, list) and isinstance(right, list) and isinstance(sign, ast.Add):
+            if len(left) + len(right) > MAX_ITEMS:
+                raise self._cannot(node, "the list is too long for a config")
+            return left + right
         texts = isinstance(left, str) and isinstance(right, str) and isinstance(sign, ast.Add)
         if not texts and not (isinstance(left, int | float) and isinstance(right, int | float)):
             raise self._cannot(node, "arithmetic on something other than numbers")
