@@ -6,6 +6,7 @@ from functools import cache
 import faults_of_experts  # noqa: F401
 import faults_of_layers  # noqa: F401
 import faults_of_routing  # noqa: F401
+import faults_of_softmax  # noqa: F401
 import pytest
 import torch
 from planting import FAULTS

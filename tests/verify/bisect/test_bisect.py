@@ -32,13 +32,23 @@ SMALL = (
     "model.vocab_size=256",
     "model.num_layers=2",
 )
-# Three models that between them use every operation.
+# Models that between them use every operation.
 MODELS = {
     "static": ("model.moe_use_residual=true",),
     "ragged": ("model.moe_type=MegaBlock-D", "data.fixed_random_dataset_seqlen=false"),
+    "latent": (),
     "dense first": ("model.first_k_dense_replace=1", "model.checkpoint=true", "model.qk_interleaved=true"),
 }
-MODEL_OF = {"megablock_gating": "ragged", "expert_ffn_ragged": "ragged", "swiglu": "dense first"}
+MODEL_OF = {
+    "megablock_gating": "ragged",
+    "expert_ffn_ragged": "ragged",
+    "swiglu": "dense first",
+    "softmax_gating": "latent",
+}
+LATENT = (
+    *("data.seq_len=32", "data.num_samples=300", "data.micro_bsz=4", "data.global_batch_size=16"),
+    *("model.hidden_size=32", "model.vocab_size=256", "model.moe_intermediate_size=32"),
+)
 
 
 class Scaled(torch.autograd.Function):
@@ -90,8 +100,14 @@ def suspect(monkeypatch):
     return place
 
 
+def config_of(model, *overrides):
+    if model == "latent":
+        return load_config("tiny_deepseek_v2", [*LATENT, *overrides])
+    return load_config("tiny_moe4", [*SMALL, *MODELS[model], *overrides])
+
+
 def walk(model="static", *overrides):
-    config = load_config("tiny_moe4", [*SMALL, *MODELS[model], *overrides])
+    config = config_of(model, *overrides)
     return walking.bisect(config, "cpu", "suspect", Progress(terminal(io.StringIO())))
 
 
@@ -105,15 +121,15 @@ def test_a_right_backend_is_not_reported(suspect, model, dtype):
     assert {"rms_norm", "rotary", "attention", "linear", "embedding", "cross_entropy", "adamw"} <= names
     assert found.whole.loss <= found.whole.band_forward
     places = [judged.place for judged in found.calls]
-    assert places[:3] == ["embedding", "layers.0.attention_norm", "layers.0.attention.qkv"]
+    first = "down" if model == "latent" else "qkv"
+    assert places[:3] == ["embedding", "layers.0.attention_norm", f"layers.0.attention.{first}"]
     assert places[-3:] == ["norm", "head", "optimizer"]
 
 
 def test_every_operation_is_met():
     met = set()
     for model in MODELS:
-        config = load_config("tiny_moe4", [*SMALL, *MODELS[model]])
-        met |= {made.operation.name for made in step_of(config).calls}
+        met |= {made.operation.name for made in step_of(config_of(model)).calls}
     assert met == OPERATIONS.keys() - {"adamw"} | {"linear", "router", "embedding"}
 
 
