@@ -51,6 +51,14 @@ def read_folder(folder: Path) -> HubFolder:
     Raises:
         ConfigError: the folder's files are no whole model in safetensors, naming file and tensor.
     """
+    try:
+        return _read_folder(folder)
+    except OSError as error:
+        where = error.filename or folder
+        raise ConfigError(f"{where} cannot be read: {error.strerror}; repair the folder") from None
+
+
+def _read_folder(folder: Path) -> HubFolder:
     index = None if (folder / SINGLE).is_file() else _read_index(folder)
     files = (SINGLE,) if index is None else tuple(sorted(set(index.values())))
     tensors: dict[str, StoredArray] = {}
@@ -105,15 +113,12 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 def _read_header(path: Path) -> dict[str, tuple[str, int, tuple[int, ...]]]:
     """Tensor → (dtype, byte of the file where it begins, shape)."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8 or length > MOST_HEADER_BYTES:
-                raise ConfigError(f"{path} is cut short or no safetensors file: {size:,} bytes; {AGAIN}")
-            text = file.read(length)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}; repair the folder") from None
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8 or length > MOST_HEADER_BYTES:
+            raise ConfigError(f"{path} is cut short or no safetensors file: {size:,} bytes; {AGAIN}")
+        text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=once)
         header.pop("__metadata__", None)

@@ -27,6 +27,13 @@ def _of_the_model(config: "Tree", model: "Architecture") -> Iterator[str]:
                 f"{keys['top_k']}={experts.gate.top_k} must be at most {keys['experts']}={experts.count}; "
                 "change one of the two"
             )
+    if registry.families()[config.model_type].hub is None:
+        for key in ("export_every", "export_dtype"):
+            if value := getattr(config.ckpt, key):
+                yield (
+                    f"ckpt.{key}={value!r} is for models that have a format on the hub, and model_type="
+                    f"{config.model_type!r} has none; set it to null"
+                )
     source = config.ckpt.load_ckpt_info
     if config.model.from_pretrained and source and source.path and {"model", "all"} & set(source.content):
         yield (

@@ -284,6 +284,16 @@ def test_what_is_not_known_is_refused_by_name(case, folder, tmp_path):
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize("key", ["export_every=5", "export_dtype=bfloat16"])
+def test_what_asks_for_the_hubs_format_is_refused_where_there_is_none(key):
+    with pytest.raises(
+        ConfigError, match=f"ckpt.{key.partition('=')[0]}=.* model_type='INTERNLM_MoE' has none"
+    ):
+        load_config("tiny_moe4", [f"ckpt.{key}"])
+    load_config("tiny_moe4", ["ckpt.export_every=0"])
+    load_config("tiny_mixtral", [f"ckpt.{key}"])
+
+
 def test_no_folder_is_no_name_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="must be downloaded first"):
