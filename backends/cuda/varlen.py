@@ -7,7 +7,8 @@ import torch
 
 from portmoe.accelerator.probing import describe
 from portmoe.backends.torch import ops as torch_ops
-from portmoe.ops.attention import GROUPED_HEADS, Segments, check_covers
+from portmoe.backends.torch.attention import as_wide
+from portmoe.ops.attention import GROUPED_HEADS, VALUE_WIDTH, Segments, check_covers
 from portmoe.ops.operation import Implementation
 from portmoe.ops.workload import Workload
 
@@ -17,19 +18,23 @@ WIDEST_HEAD, HEAD_MULTIPLE = 256, 8
 
 
 def attention(
-    q_TND: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, segments: Segments, scale: float
+    q_TND: torch.Tensor, k_TGD: torch.Tensor, v_TGW: torch.Tensor, segments: Segments, scale: float
 ) -> torch.Tensor:
     """One call for all segments; where they are of one length, or there are none, as SDPA takes them."""
     check_covers(segments, q_TND)
     if segments.equal_length is not None or not segments.lengths:
-        return torch_ops.ATTENTION_SDPA.function(q_TND, k_TGD, v_TGD, segments, scale)
+        return torch_ops.ATTENTION_SDPA.function(q_TND, k_TGD, v_TGW, segments, scale)
     from torch.nn.attention.varlen import varlen_attn
 
     offsets, longest = _offsets(segments, q_TND.device), max(segments.lengths)
+    width = v_TGW.shape[-1]
+    if width != q_TND.shape[-1]:
+        q_TND, k_TGD, v_TGW = as_wide(q_TND, k_TGD, v_TGW)
     grouped = {"enable_gqa": True} if k_TGD.shape[1] != q_TND.shape[1] else {}
-    return varlen_attn(
-        q_TND, k_TGD, v_TGD, offsets, offsets, longest, longest, scale=scale, window_size=CAUSAL, **grouped
+    o_TND = varlen_attn(
+        q_TND, k_TGD, v_TGW, offsets, offsets, longest, longest, scale=scale, window_size=CAUSAL, **grouped
     )
+    return o_TND[..., :width]
 
 
 @lru_cache(maxsize=8)  # a micro-batch's segments are those of all its layers
@@ -43,9 +48,10 @@ def supports(workload: Workload) -> str | None:
         return "segments of one length go to sdpa as a batch"
     if workload.dtype not in (torch.bfloat16, torch.float16):
         return f"flash attention has no {workload.dtype}"
-    if workload.head_dim > WIDEST_HEAD or workload.head_dim % HEAD_MULTIPLE:
+    widest = max(workload.head_dim, workload.value_dim or 0)
+    if widest > WIDEST_HEAD or widest % HEAD_MULTIPLE:
         return (
-            f"the head dimension is {workload.head_dim}, and allowed are multiples of {HEAD_MULTIPLE} "
+            f"the head dimension is {widest}, and allowed are multiples of {HEAD_MULTIPLE} "
             f"up to {WIDEST_HEAD}"
         )
     try:
@@ -66,5 +72,10 @@ def supports(workload: Workload) -> str | None:
 
 
 ATTENTION_VARLEN = Implementation(
-    "attention", "varlen", attention, supports, "model.use_flash_attn", handles=(GROUPED_HEADS,)
+    "attention",
+    "varlen",
+    attention,
+    supports,
+    "model.use_flash_attn",
+    handles=(GROUPED_HEADS, VALUE_WIDTH),
 )

@@ -16,7 +16,7 @@ def _sdpa(
     check_covers(segments, q_TND)
     width = v_TGW.shape[-1]
     if width != q_TND.shape[-1]:
-        q_TND, k_TGD, v_TGW = _as_wide(q_TND, k_TGD, v_TGW)
+        q_TND, k_TGD, v_TGW = as_wide(q_TND, k_TGD, v_TGW)
     if segments.equal_length is not None:
         batch = [t.unflatten(0, (-1, segments.equal_length)) for t in (q_TND, k_TGD, v_TGW)]
         return _sdpa_batch(*batch, scale).flatten(0, 1)[..., :width]
@@ -32,7 +32,7 @@ def _sdpa(
     return (torch.cat(out) if out else q_TND)[..., :width]
 
 
-def _as_wide(*tensors: torch.Tensor) -> list[torch.Tensor]:
+def as_wide(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """All of the widest one's width: zeros change no score, and give columns of zeros that are cut off.
 
     The kernels whose memory is linear want one width.

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from portmoe.config import Config
+from portmoe.config.read import load_config
 from portmoe.costs.flops import benchmark_flops_per_token, model_flops_per_token
 from portmoe.costs.outline import outline
 from portmoe.costs.parameters import count_parameters, exact_modules, parameter_groups
@@ -140,3 +141,36 @@ def expert_rows(config, own, **split):
 def test_ranks_that_split_a_sequence_have_a_row_for_every_choice():
     config = Config.model_validate({"moe": {"capacity_factor": 1.5, "top_k": 2}})
     assert expert_rows(config, 100, tokens=400, ranks=4, token_split=True) == 200
+
+
+PUBLISHED = {
+    "mixtral_8x7b": 46_702_792_704,
+    "mixtral_8x22b": 140_630_071_296,
+    "deepseek_v2": 235_741_434_880,
+    "deepseek_v2_lite": 15_706_484_224,
+    "qwen3_30b_a3b": 30_532_122_624,
+    "qwen2_57b_a14b": 57_408_658_944,
+    "qwen15_moe_a27b": 14_315_784_192,
+    "internlm_7b": 7_321_948_160,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_size_has_its_published_number_of_parameters(name):
+    assert count_parameters(load_config(name)).total == PUBLISHED[name]
+
+
+def test_latent_attention_by_hand():
+    config = load_config("tiny_deepseek_v2", ["data.seq_len=64"])
+    heads, hidden, rank, latent, plain, turned, value = 4, 128, 48, 32, 32, 16, 32
+    weights = hidden * rank + rank * heads * (plain + turned) + hidden * (latent + turned)
+    weights += latent * heads * (plain + value) + heads * value * hidden
+    norms = rank + latent + 2 * hidden
+    experts, shared, router, dense = 16 * 3 * 128 * 64, 3 * 128 * 128, 16 * 128, 3 * 128 * 256
+    total = 3 * (weights + norms) + dense + 2 * (experts + shared + router) + 2 * 1024 * hidden + hidden
+    count = count_parameters(config)
+    assert (count.total, count.active) == (total, total - 2 * 12 * 3 * 128 * 64)
+    scores = 2 * 64 * heads * (plain + turned + value)  # s · N · (D + Dv), twice
+    used = dense + 2 * (4 * 3 * 128 * 64 + shared + router)
+    forward = 3 * (2 * weights + scores) + 2 * (used + 1024 * hidden)
+    assert model_flops_per_token(config) == pytest.approx(3 * forward)

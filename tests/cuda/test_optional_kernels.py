@@ -133,7 +133,13 @@ varlen_standin.__signature__ = REAL
 def test_varlen_computes_the_same(monkeypatch):
     monkeypatch.setattr(torch_varlen, "varlen_attn", varlen_standin)
     for dtype in DTYPES:
-        for changes in ({}, {"tokens": 7, "seq_len": 3, "equal_segments": False}):
+        unequal = {"tokens": 7, "seq_len": 3, "equal_segments": False}
+        for changes in (
+            {},
+            unequal,
+            unequal | {"head_dim": 24, "value_dim": 16},
+            unequal | {"value_dim": 24},
+        ):
             assert_agrees(varlen.attention, OPERATIONS["attention"], workload(dtype, **changes))
     nothing = torch.zeros(0, 2, 8)
     assert varlen.attention(nothing, nothing, nothing, Segments((0,)), 1.0).shape == (0, 2, 8)
@@ -153,6 +159,7 @@ def test_varlen_is_called_as_this_torch_wants_it():
         ({"dtype": torch.float32}, "no torch.float32"),
         ({"head_dim": 264}, "264"),
         ({"head_dim": 12}, "multiples of 8"),
+        ({"value_dim": 264}, "264"),
     ],
     ids=str,
 )

@@ -72,6 +72,7 @@ OPTIONAL = {
     "a cut vocabulary": replace(_BASE, vocab=29, vocab_parts=3),
     "grouped heads": replace(_BASE, tokens=37, seq_len=37, heads=6, kv_heads=2),
     "wide values": replace(_BASE, heads=4, kv_heads=2, head_dim=8, value_dim=12),
+    "narrow values": replace(_BASE, heads=3, head_dim=12, value_dim=8, qk_interleaved=True),
     "log-sum-exp": replace(_BASE, log_sum=True),
 }
 SHAPES |= OPTIONAL
