@@ -37,7 +37,8 @@ class ModelSection(Section):
     A family adds the keys of its architecture.
     """
 
-    from_pretrained: Path | None = None  # a folder with config.json, which gives the model, and safetensors
+    # a folder with config.json, which gives the model, and safetensors; its place may differ by machine
+    from_pretrained: Annotated[Path | None, SAME_RUN] = None
     # share of the layers whose activations are recomputed
     checkpoint: Annotated[bool | Fraction, SAME_RUN] = False
     num_chunks: Annotated[Layers, SAME_RUN] = 1  # pipeline stages per rank

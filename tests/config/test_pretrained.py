@@ -7,6 +7,7 @@ import pytest
 from portmoe.config.read import dump_config, load_config, parse_config
 from portmoe.costs.parameters import count_parameters
 from portmoe.errors import ConfigError
+from portmoe.record.run_directory import first_difference
 
 # What the published folders have, each as the program of its time wrote it.
 BOTH = {
@@ -298,6 +299,14 @@ def test_no_folder_is_no_name_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="must be downloaded first"):
         of_folder("mistralai/Mixtral-8x7B-v0.1")
+
+
+def test_the_same_model_in_another_place_is_the_same_run(folder):
+    here, there = of_folder(folder(LITE)), of_folder(folder(LITE, "elsewhere"))
+    assert here.model.from_pretrained != there.model.from_pretrained
+    assert first_difference(here, there) is None
+    other = of_folder(folder(MIXTRAL_8X7B, "another"))
+    assert first_difference(here, other)[0] == "model_type"
 
 
 def test_a_resolved_config_needs_the_folder_no_more_and_is_held_to_it_where_it_is(folder, tmp_path):

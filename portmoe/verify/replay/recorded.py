@@ -18,7 +18,7 @@ from portmoe.verify.runs.comparison import Run, read_run
 LAYOUT = ("parallel={}", "model.num_chunks=1", "trainer={}")
 MACHINE = ("ops={}",)
 # A replay saves nothing, validates nothing and starts from nowhere but the checkpoints.
-READ_ONLY = ("ckpt={}", "data.valid_every=0")
+READ_ONLY = ("ckpt={}", "data.valid_every=0", "model.from_pretrained=null")
 
 
 @dataclass(frozen=True)
