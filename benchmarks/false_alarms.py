@@ -69,12 +69,13 @@ def train(folder: Path, start: Sequence[str], share: tuple[int, int]) -> None:
         twins = (Job(f"reference-twin{n}", (f"run.twin={n}",)) for n in range(1, TWINS + 1))
         for job in [Job("reference"), *twins][share[0] :: share[1]]:
             make(folder, dtype, job, start)
+    todo = []
     for dtype in DTYPES:
-        reference = folder / dtype / "reference"
-        while not (reference / "ops.json").is_file():  # the other share makes it
+        while not (folder / dtype / "reference" / "ops.json").is_file():  # the other share makes it
             time.sleep(1)
-        for job in list(jobs(reference))[share[0] :: share[1]]:
-            make(folder, dtype, job, start)
+        todo += [(place, dtype, job) for place, job in enumerate(jobs(folder / dtype / "reference"))]
+    for _, dtype, job in sorted(todo, key=lambda one: one[0])[share[0] :: share[1]]:
+        make(folder, dtype, job, start)
 
 
 def make(folder: Path, dtype: str, job: Job, start: Sequence[str]) -> None:
@@ -86,7 +87,9 @@ def make(folder: Path, dtype: str, job: Job, start: Sequence[str]) -> None:
     settings = [*job.settings, f"model.dtype={dtype}", f"run.directory={directory}"]
     settings += ["ckpt.enable_save_ckpt=false"]
     backend = () if "--backend" in job.options else ("--backend", "cpu")
-    command = [*start, "env", f"OMP_NUM_THREADS={job.threads}", sys.executable, "-m", "portmoe", "train"]
+    # Threads that wait without spinning: other runs may need the cores.
+    threads = (f"OMP_NUM_THREADS={job.threads}", "OMP_WAIT_POLICY=passive")
+    command = [*start, "env", *threads, sys.executable, "-m", "portmoe", "train"]
     command += [*backend, *job.options, *(part for key in settings for part in ("--set", key))]
     done = subprocess.run(command, env=os.environ | job.variables, capture_output=True, text=True)
     if done.returncode:

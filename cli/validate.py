@@ -8,6 +8,7 @@ import click
 from portmoe.accelerator.discovery import AUTO, prepare
 from portmoe.errors import TrainingError
 
+DTYPES = ("float32", "bfloat16", "float16")
 COLOURS = {"pass": "green", "skip": "yellow", "fail": "red"}
 
 
@@ -32,26 +33,50 @@ COLOURS = {"pass": "green", "skip": "yellow", "fail": "red"}
 @click.option(
     "--quick", is_flag=True, help="Few shapes, no collectives, no training run: less than a minute."
 )
-def validate(backend: str, out: Path | None, seed: int, timeout: float, quick: bool) -> None:
+@click.option(
+    "--only",
+    default="",
+    metavar="NAMES",
+    help="Check these alone: operations, memory, collectives, training; as in attention,dispatch.",
+)
+@click.option(
+    "--dtype",
+    "dtypes",
+    default=",".join(DTYPES),
+    show_default=True,
+    metavar="NAMES",
+    help="Try operations with these.",
+)
+def validate(
+    backend: str, out: Path | None, seed: int, timeout: float, quick: bool, only: str, dtypes: str
+) -> None:
     """Show that a backend computes what the contracts say.
 
-    Checks every implementation of every operation against float64, the collectives between processes, the
-    memory pool and a short training run. Ends with exit code 4 if anything fails.
+    Checks every implementation of every operation against float64, the memory pool, the collectives between
+    processes and a short training run, and tells on standard error how far it is. Ends with exit code 4 if
+    anything fails; interrupted, it still reports what was done.
     """
+    if unknown := [name for name in _listed(dtypes) if name not in DTYPES] or not _listed(dtypes):
+        raise click.UsageError(f"--dtype {dtypes!r}: {unknown} is none of {', '.join(DTYPES)}")
     prepare(backend)
+    import torch
+
     from portmoe.verify.backend import reports
+    from portmoe.verify.backend.validate import Selection
     from portmoe.verify.backend.validate import validate as run
 
-    report = run(backend, seed, timeout, progress=_progress, quick=quick)
-    if sys.stderr.isatty():
-        click.echo("\r\033[K", nl=False, err=True)
+    chosen = [getattr(torch, name) for name in _listed(dtypes)]
+    selection = Selection(_listed(only), chosen, quick, seed, timeout)
+    report = run(backend, selection, lambda line: click.echo(line, err=True))
     click.echo(reports.table(report, lambda status, text: click.style(text, fg=COLOURS[status])))
     if out is not None:
         click.echo(", ".join(map(str, reports.write(report, out))))
+    click.echo(reports.what_next(report))
+    if report.interrupted:
+        raise KeyboardInterrupt
     if not report.passed:
         sys.exit(TrainingError.exit_code)
 
 
-def _progress(what: str) -> None:
-    if sys.stderr.isatty():
-        click.echo(f"\r\033[Kchecking {what}", nl=False, err=True)
+def _listed(names: str) -> list[str]:
+    return [name for part in names.split(",") if (name := part.strip())]

@@ -18,7 +18,8 @@ class Result:
         subject: what was checked, as in "attention.sdpa"; "" where the report itself is of one thing.
         part: the group of checks it belongs to, as in "collectives".
         needed: the tolerance this would have needed, in the units of ``allowed``; None: nothing measured.
-        seconds: for which the check ran.
+        seconds: for which the check ran, without ``compiling``.
+        compiling: seconds its first calls took longer than the next ones: kernels were compiled.
     """
 
     status: Status
@@ -30,3 +31,4 @@ class Result:
     needed: float | None = None
     allowed: float | None = None
     seconds: float = 0.0
+    compiling: float = 0.0

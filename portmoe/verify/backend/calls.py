@@ -1,13 +1,14 @@
 """Calling one function on one sample and collecting all it produces, by name."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
+from portmoe.accelerator.interface import is_host
 from portmoe.ops.operation import Operation, Sample
 
 
@@ -158,6 +159,30 @@ def named_arguments(operation: Operation, sample: Sample) -> Iterator[tuple[str,
     for name, value in bound.items():
         for path, tensor in _tensors(value):
             yield f"{name}{keystr(path)}", tensor
+
+
+def on_host(results: Sequence[Results], device: torch.device) -> list[Results]:
+    """The same results in the host's memory, brought from ``device`` by one copy, which is waited for."""
+    if is_host(device.type):
+        return list(results)
+    tensors = {id(t): t for t in tree_leaves([vars(r) for r in results]) if not is_host(t.device.type)}
+    pieces = [_bytes(tensor) for tensor in tensors.values()]
+    together = torch.cat(pieces).cpu() if pieces else torch.empty(0, dtype=torch.uint8)
+    brought = dict(zip(tensors, together.split([piece.numel() for piece in pieces]), strict=True))
+
+    def here(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in brought:
+            return tensor
+        size = tensor.numel() * tensor.element_size()
+        return brought[id(tensor)][:size].view(tensor.dtype).view(tensor.shape)
+
+    return [Results(**tree_map(here, vars(r))) for r in results]
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor's numbers as bytes, filled up so that the next one begins where any dtype may."""
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % 16))
 
 
 def poison(results: Results, device: torch.device) -> None:

@@ -9,13 +9,15 @@ For every dtype four checks, each over all shapes and samples:
 * rows apart: strided arguments, and an expanded gradient.
 * repeated: the same call twice with deterministic algorithms on and fresh memory filled with NaN by
   torch: the same bits.
+
+All calls of an implementation are made first and judged together, so that a device is waited for once.
 """
 
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.utils import deterministic
@@ -24,7 +26,7 @@ from portmoe.accelerator.probing import describe
 from portmoe.ops.operation import Implementation, Operation, Sample
 from portmoe.ops.table import REFERENCE
 from portmoe.result import Result
-from portmoe.verify.backend.calls import Results, call, copied, identical, named_arguments, poison
+from portmoe.verify.backend.calls import Results, call, copied, identical, named_arguments, on_host, poison
 from portmoe.verify.backend.cases import DTYPES, SHAPES, Case, cases, open_questions
 
 # A 16-bit result may be off by some per cent in single numbers, not on the whole: rounding averages out.
@@ -33,6 +35,7 @@ SCALE_ERROR = 0.5
 SCALE_ROWS = 100
 SCALE_NUMBERS = 256
 
+COMPILER = 0.05  # seconds: a first call that took less longer than the next ones has compiled nothing
 NAMES = ("values", "second call", "rows apart", "repeated")
 
 
@@ -67,6 +70,7 @@ class Tally:
     wrong: str = ""
     calls: int = 0
     seconds: float = 0.0
+    compiling: float = 0.0
 
     def share(self, needed: float, allowed: float, where: str) -> None:
         if needed > self.needed or not self.where:
@@ -82,6 +86,7 @@ def _check(
     subject, dtype = f"{operation.name}.{candidate.name}", str(of_dtype[0].dtype).removeprefix("torch.")
     tallies = {name: Tally() for name in NAMES}
     refused: dict[str, str] = {}
+    made: list[tuple[Tally, Attempt]] = []
     for case in of_dtype:
         reason = operation.why_not(candidate, replace(case.workload, device=device))
         if reason is not None:
@@ -91,15 +96,39 @@ def _check(
         for name, attempt in zip(
             NAMES, (trial.values, trial.second_call, trial.rows_apart, trial.repeated), strict=True
         ):
-            tally, began = tallies[name], time.perf_counter()
-            tally.calls += 1
-            try:
-                attempt(tally)
-            except Exception as error:
-                tally.fail(f"{case.label}: raised {describe(error)}")
-            tally.seconds += time.perf_counter() - began
+            tallies[name].calls += 1
+            with _tallied(tallies[name], case):
+                made.append((tallies[name], attempt()))
+        tallies["values"].compiling += trial.compiling
+    _judge(made, device)
+    tallies["values"].seconds -= tallies["values"].compiling
     for name, tally in tallies.items():
         yield _verdict(subject, f"{name}, {dtype}", tally, refused)
+
+
+@contextmanager
+def _tallied(tally: Tally, case: Case) -> Iterator[None]:
+    """Count the time, and fail the check for what is raised."""
+    began = time.perf_counter()
+    try:
+        yield
+    except Exception as error:
+        tally.fail(f"{case.label}: raised {describe(error)}")
+    tally.seconds += time.perf_counter() - began
+
+
+def _judge(made: Sequence[tuple[Tally, "Attempt"]], device: torch.device) -> None:
+    """Bring all results to the host at once and judge them there."""
+    try:
+        fetched = on_host([results for _, attempt in made for results in attempt.results], device)
+    except Exception as error:  # what went wrong on the device shows where it is waited for
+        for tally, attempt in made:
+            tally.fail(f"{attempt.case.label}: raised {describe(error)} when the results were read")
+        return
+    for tally, attempt in made:
+        mine, fetched = fetched[: len(attempt.results)], fetched[len(attempt.results) :]
+        with _tallied(tally, attempt.case):
+            attempt.judge(tally, *mine)
 
 
 def _verdict(subject: str, name: str, tally: Tally, refused: dict[str, str]) -> Result:
@@ -120,7 +149,17 @@ def _verdict(subject: str, name: str, tally: Tally, refused: dict[str, str]) -> 
         needed=needed,
         allowed=tally.allowed,
         seconds=tally.seconds,
+        compiling=tally.compiling,
     )
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Calls that were made, and how their results are judged: ``judge(tally, *results)``, on the host."""
+
+    case: Case
+    results: Sequence[Results]
+    judge: Callable[..., None]
 
 
 @dataclass
@@ -132,39 +171,63 @@ class _Trial:
     case: Case
     device: torch.device
     first: Results | None = None
+    seconds: list[float] = field(default_factory=list)  # of each call, in order
 
-    def values(self, tally: Tally) -> None:
+    def values(self) -> Attempt:
         self.first = self._call(self.case.sample)
-        self._compare(tally, self.first, self.case.control, self.case.expected)
+        return Attempt(self.case, [self.first], self._judged_values)
 
-    def second_call(self, tally: Tally) -> None:
+    def second_call(self) -> Attempt:
         if self.first is None:  # the first one raised: that is reported
-            return
-        before = {name: t.clone() for name, t in self.first.outputs.items()}
+            return Attempt(self.case, [], lambda tally: None)
+        before = replace(self.first, outputs={name: t.clone() for name, t in self.first.outputs.items()})
         poison(self.first, self.device)
+        again = self._call(self.case.again)
+        # Read again at the end, when all that could have overwritten it has run.
+        return Attempt(self.case, [before, self.first, again], self._judged_second_call)
+
+    def rows_apart(self) -> Attempt:
+        sample = copied(self.case.sample, None, self.device, apart=True)
+        found = call(self.operation, self.function, sample, self.case.seed, expanded=True)
+        return Attempt(self.case, [found], self._judged_rows_apart)
+
+    def repeated(self) -> Attempt:
+        with _deterministic():
+            both = [self._call(self.case.sample) for _ in range(2)]
+        return Attempt(self.case, both, self._judged_repeated)
+
+    @property
+    def compiling(self) -> float:
+        """Seconds the first call took longer than the later ones; 0 where they hardly differ."""
+        first, *later = self.seconds or [0.0]
+        longer = first - min(later, default=first)
+        return longer if longer >= COMPILER else 0.0
+
+    def _judged_values(self, tally: Tally, found: Results) -> None:
+        self._compare(tally, found, self.case.control, self.case.expected)
+
+    def _judged_second_call(self, tally: Tally, before: Results, first: Results, again: Results) -> None:
         case = self.case
-        again = self._call(case.again)
-        for name, kept in before.items():
-            if not identical(kept, self.first.outputs[name]):
+        for name, kept in before.outputs.items():
+            if not identical(kept, first.outputs[name]):
                 tally.fail(f"{case.label}: {name} of the first call was overwritten by the second")
         self._compare(tally, again, case.again_control, case.again_expected, case.again)
 
-    def rows_apart(self, tally: Tally) -> None:
-        sample = copied(self.case.sample, None, self.device, apart=True)
-        found = call(self.operation, self.function, sample, self.case.seed, expanded=True)
+    def _judged_rows_apart(self, tally: Tally, found: Results) -> None:
         # One gradient along a whole row: what follows from it is too alike for rounding to average out.
         self._compare(tally, found, self.case.expanded_control, self.case.expected, scale=False)
 
-    def repeated(self, tally: Tally) -> None:
-        with _deterministic():
-            one, two = (self._call(self.case.sample) for _ in range(2))
+    def _judged_repeated(self, tally: Tally, one: Results, two: Results) -> None:
         if not one.same_bits(two):
             tally.fail(f"{self.case.label}: two calls with the same arguments differ")
         self._compare(tally, two, self.case.control, self.case.expected)
 
     def _call(self, sample: object) -> Results:
         mine = copied(sample, None, self.device)
-        return call(self.operation, self.function, mine, self.case.seed)
+        began = time.perf_counter()
+        results = call(self.operation, self.function, mine, self.case.seed)
+        self.seconds.append(time.perf_counter() - began)
+        return results
 
     def _compare(
         self,

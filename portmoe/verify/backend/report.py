@@ -7,7 +7,8 @@ from typing import Any
 from portmoe.result import Result
 
 # What report.json keeps of a check.
-RECORDED = ("part", "subject", "name", "status", "detail", "needed", "allowed", "seconds")
+RECORDED = ("part", "subject", "name", "status", "detail", "needed", "allowed", "seconds", "compiling")
+LEFT_OUT = "checked"  # the name of the check that stands for a group that was not made
 PARTS = ("operations", "collectives", "memory", "training")
 
 
@@ -22,7 +23,13 @@ class Curve:
 
 @dataclass
 class Report:
-    """Everything ``portmoe validate`` found about one backend; ``provenance`` as ``of_report`` gives it."""
+    """Everything ``portmoe validate`` found about one backend.
+
+    Attributes:
+        provenance: as ``of_report`` gives it.
+        warnings: what libraries warned of during the checks, and how often.
+        interrupted: the group of checks that was running when it was; None: all were made.
+    """
 
     backend: str
     device: str
@@ -30,6 +37,8 @@ class Report:
     checks: list[Result] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    warnings: Mapping[str, int] = field(default_factory=dict)
+    interrupted: str | None = None
 
     @property
     def failed(self) -> list[Result]:
@@ -38,8 +47,9 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed, and something was checked."""
-        return not self.failed and any(check.status == "pass" for check in self.checks)
+        """Whether nothing failed, something was checked, and nothing was cut short."""
+        checked = any(check.status == "pass" for check in self.checks)
+        return not self.failed and checked and self.interrupted is None
 
     def of(self, part: str) -> Iterator[Result]:
         """The checks of one part, in order."""
@@ -53,6 +63,8 @@ class Report:
             "passed": self.passed,
             "versions": self.versions,
             "provenance": dict(self.provenance),
+            "interrupted": self.interrupted,
+            "warnings": dict(self.warnings),
             "checks": [{key: getattr(check, key) for key in RECORDED} for check in self.checks],
             "curves": [asdict(curve) for curve in self.curves],
         }

@@ -10,7 +10,7 @@ from portmoe.files import json_text, write_whole
 from portmoe.record import page, svg
 from portmoe.record.bars import Bar, bars
 from portmoe.result import Result
-from portmoe.verify.backend.report import PARTS, Report
+from portmoe.verify.backend.report import LEFT_OUT, PARTS, Report
 
 COLUMNS = ("check", "needed", "allowed", "where")
 MOST_DETAIL = 400  # characters of a detail in the table
@@ -59,14 +59,14 @@ def table(report: Report, style: Callable[[str, str], str] = lambda status, text
             for check in checks:
                 if check.status == "fail" or (check is worst and check.status == "skip"):
                     lines.append(f"       {check.name}: {check.detail[:MOST_DETAIL]}")
-    lines += ["", summary(report)]
+    lines += ["", *_left_out(report), *warned(report), summary(report)]
     return "\n".join(lines).lstrip("\n")
 
 
 def _rows(report: Report, part: str) -> list[tuple[str, list[Result]]]:
     """The checks of a part by the line of the table they share."""
     rows: dict[str, list[Result]] = {}
-    for check in report.of(part):
+    for check in (check for check in report.of(part) if check.name != LEFT_OUT):
         kind, _, dtype = check.name.rpartition(", ") if part == "operations" else ("", "", check.name)
         rows.setdefault(f"{check.subject} {dtype}" if kind else f"{check.subject}: {check.name}", []).append(
             check
@@ -83,14 +83,46 @@ def _badness(check: Result) -> tuple[int, float]:
 def summary(report: Report) -> str:
     """One line: how many checks went which way."""
     count = _counts(report.checks)
+    compiling = sum(check.compiling for check in report.checks)
+    compiled = f"; {compiling:.0f} s were spent compiling kernels" if compiling >= 1 else ""
+    cut = f"; interrupted in {report.interrupted}" if report.interrupted else ""
+    left = sum(check.status == "skip" and check.name == LEFT_OUT for check in report.checks)
+    left_out = f", {left} groups left out" if left else ""
     return (
         f"{report.backend} ({report.device}): {count['pass']} checks passed, {count['fail']} failed, "
-        f"{count['skip']} not supported"
+        f"{count['skip'] - left} not supported{left_out}{compiled}{cut}"
     )
 
 
 def _counts(checks: Sequence[Result]) -> dict[str, int]:
     return {status: sum(check.status == status for check in checks) for status in _WORDS}
+
+
+def _left_out(report: Report) -> list[str]:
+    """A line for each reason why groups were left out."""
+    reasons: dict[str, list[str]] = {}
+    for check in report.checks:
+        if check.name == LEFT_OUT:
+            reasons.setdefault(check.detail, []).append(check.subject)
+    return [f"left out ({why}): {', '.join(groups)}" for why, groups in reasons.items()]
+
+
+def warned(report: Report) -> list[str]:
+    """A line for each warning of a library, with how often it came."""
+    return [f"warned {times} times: {text[:MOST_DETAIL]}" for text, times in report.warnings.items()]
+
+
+def what_next(report: Report) -> str:
+    """The command that follows, by what was found."""
+    if report.interrupted:
+        return f"next: portmoe validate --backend {report.backend}, to the end"
+    if not report.passed:
+        subjects = list(
+            dict.fromkeys(c.subject for c in report.failed if c.part == "operations" and "." in c.subject)
+        )
+        off = f"ops.disable: [{', '.join(subjects)}] switches off what failed; " if subjects else ""
+        return f"next: {off}portmoe bisect --backend {report.backend}, which names the first one wrong"
+    return f"next: portmoe bisect --backend {report.backend}"
 
 
 def junit(report: Report) -> str:
@@ -132,7 +164,7 @@ def html(report: Report) -> str:
     stated = [("backend", report.backend), ("device", report.device), ("checks passed", passed)]
     stated += [("not supported, not checked", str(count["skip"])), *report.versions.items()]
     failures = [page.table(COLUMNS, [_html_row(c, to=True) for c in report.failed])]
-    summary = [page.facts(stated), *(failures if report.failed else [])]
+    summary = [page.facts(stated), *(failures if report.failed else []), *map(page.paragraph, warned(report))]
     shares = _shares(report)
     used = [bars("share of the allowed tolerance, values", shares)] if shares else []
     sections = [
@@ -146,6 +178,8 @@ def html(report: Report) -> str:
 
 
 def _failure(report: Report) -> str:
+    if report.interrupted and not report.failed:
+        return f"Interrupted in {report.interrupted}; nothing before it failed."
     if not report.failed:
         return "Nothing could be checked."
     subjects = list(dict.fromkeys(check.subject for check in report.failed))

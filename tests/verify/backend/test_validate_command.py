@@ -1,15 +1,23 @@
 """``portmoe validate`` on backends made for the test: a right one, wrong ones, and one that is not there."""
 
 import json
+import re
 import subprocess
 import sys
+import warnings
 
 import pytest
+import torch
 
 from portmoe.accelerator import get_accelerator
+from portmoe.cli.main import run as portmoe_here
+from portmoe.result import Result
+from portmoe.verify.backend import reports
+from portmoe.verify.backend import validate as module
 from portmoe.verify.backend.cases import SHAPES
 from portmoe.verify.backend.collectives import TRIALS, check_collectives
 from portmoe.verify.backend.pool import check_memory
+from portmoe.verify.backend.validate import Selection
 from portmoe.verify.runs.training_run import check_training, reference
 
 # A CPU backend under another name whose one part can be replaced.
@@ -144,18 +152,83 @@ def test_a_backend_that_is_not_usable(name, code):
 
 
 def test_in_a_hurry_two_shapes_are_tried_and_the_rest_is_said_to_be_left_out(monkeypatch):
-    from portmoe.verify.backend import validate as module
-
     tried = []
 
-    def check_operations(accelerator, device, seed, progress, shapes):
+    def check_operation(operation, mine, device, seed, dtypes, shapes):
         tried.extend(shapes)
         return []
 
-    monkeypatch.setattr(module, "check_operations", check_operations)
+    monkeypatch.setattr(module, "check_operation", check_operation)
     monkeypatch.setattr(module, "check_collectives", lambda *args: pytest.fail("started processes"))
-    report = module.validate("cpu", 0, 1.0, progress=lambda what: None, quick=True)
+    report = module.validate("cpu", Selection(quick=True), lambda line: None)
     assert {SHAPES[name].dropless for name in tried} == {True, False}
     left_out = {check.part: check.detail for check in report.checks if check.status == "skip"}
     assert left_out == {"collectives": "not with --quick", "training": "not with --quick"}
     assert {check.part for check in report.checks if check.status == "pass"} == {"memory"}
+
+
+def checked(status="pass", **more):
+    return Result(status, "values, float32", subject="rotary.fast", part="operations", **more)
+
+
+def test_lines_tell_how_far_it_is_and_failures_come_at_once(monkeypatch):
+    lines, seen = [], []
+
+    def check_operation(operation, *_):
+        yield checked(compiling=2.0)
+        if operation.name == "rotary":
+            yield checked("fail", detail="odd: output is off")
+            seen.extend(lines)  # before the group ends
+
+    monkeypatch.setattr(module, "check_operation", check_operation)
+    selection = Selection(only=["rms_norm", "rotary", "memory"], dtypes=[torch.float32])
+    report = module.validate("cpu", selection, lines.append)
+    assert any(line.startswith("FAIL rotary.fast: values, float32: odd") for line in seen)
+    first, rms, _, rotary, memory = lines
+    assert first == "3 groups of checks; now rms_norm"
+    assert re.fullmatch(
+        r"\[1/3\] rms_norm: 1 passed, 0 failed in .* s, 2\.0 s of it compiling; 0 failed so far, .* s; "
+        "now rotary",
+        rms,
+    )
+    assert "[2/3] rotary: 1 passed, 1 failed" in rotary
+    assert "1 failed so far" in memory
+    assert "now" not in memory
+    left = {c.subject: c.detail for c in report.checks if c.status == "skip"}
+    assert left["attention"] == left["training"] == "not with --only"
+
+
+def test_an_interrupt_leaves_the_report_of_what_was_done(monkeypatch, tmp_path, capsys):
+    def check_operation(operation, *_):
+        yield checked()
+        if operation.name == "rotary":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "check_operation", check_operation)
+    assert portmoe_here(["validate", "--backend", "cpu", "--out", str(tmp_path)]) == 130
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["interrupted"] == "rotary"
+    assert not report["passed"]
+    left = {c["subject"] for c in report["checks"] if c["detail"] == "interrupted"}
+    assert {"rotary", "attention", "memory", "training"} <= left
+    assert "linear" not in left
+    assert "interrupted in rotary" in capsys.readouterr().out
+
+
+def test_warnings_of_libraries_are_counted_and_not_shown(monkeypatch, recwarn):
+    def check_operation(operation, *_):
+        for number in range(20):
+            warnings.warn(f"not deterministic (Triggered internally at x.cpp:{number})", stacklevel=1)
+        yield checked()
+
+    monkeypatch.setattr(module, "check_operation", check_operation)
+    report = module.validate("cpu", Selection(only=["rotary"]), lambda line: None)
+    assert dict(report.warnings) == {"not deterministic": 20}
+    assert "warned 20 times: not deterministic" in reports.table(report)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("wrong", [["--only", "rotary,rotery"], ["--dtype", "float8"], ["--dtype", ","]])
+def test_what_is_nothing_to_check_is_refused(wrong, capsys):
+    assert portmoe_here(["validate", "--backend", "cpu", *wrong]) == 2
+    assert "rotery" in (said := capsys.readouterr().err) or "float32" in said
