@@ -285,6 +285,13 @@ def _check_names(
     checkpoint: Path, tensors: Mapping[str, Tensor], metadata: Metadata, unclaimed: Sequence[str]
 ) -> None:
     saved = metadata.state_dict_metadata
+    if any(map(_of_optimizer, tensors)) and not any(map(_of_optimizer, saved)):
+        raise ConfigError(
+            f"checkpoint {checkpoint} holds the weights alone, without Adam's moments "
+            "(ckpt.save_optimizer=false), so the run cannot go on as it was; to go on with fresh moments, set "
+            f"ckpt.load_ckpt_info to {{path: {checkpoint}, content: [model, sampler, scheduler]}} and "
+            "run.directory to another folder"
+        )
     problems = [f"{name} is not in the checkpoint" for name in sorted(tensors.keys() - saved.keys())]
     problems += [f"{name} is not in this model" for name in unclaimed]
     for name in sorted(tensors.keys() & saved.keys()):
@@ -301,6 +308,10 @@ def _check_names(
             f"checkpoint {checkpoint} is not of this model: {'; '.join(problems[:8])}{more}. Use the model "
             "section it was saved with, or another run.directory"
         )
+
+
+def _of_optimizer(name: str) -> bool:
+    return name.startswith("optimizer.")
 
 
 def _cause(error: BaseException) -> str:

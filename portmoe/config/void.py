@@ -136,7 +136,7 @@ def _of_the_rest(config: "Tree") -> Iterator[Rule]:
     yield (
         not ckpt.saves,
         "ckpt.enable_save_ckpt is false: nothing is saved",
-        ("ckpt.checkpoint_every", "ckpt.keep", "ckpt.async_upload"),
+        ("ckpt.checkpoint_every", "ckpt.keep", "ckpt.async_upload", "ckpt.save_optimizer"),
     )
     yield (
         ckpt.saves and not ckpt.enable_save_ckpt,

@@ -98,10 +98,14 @@ class Trainer:
         if self._profile:
             self._profile.before_step()
         step = self.progress.step
-        stop = self.one_step(step, throughput, replayable=self._saved_at == step)
+        stop = self.one_step(step, throughput, replayable=self._whole_at(step))
         if self._profile and (table := self._profile.after_step()):
             self._session.writers.note(table)
         return stop
+
+    def _whole_at(self, step: int) -> bool:
+        """Whether all that ``step`` begins with is in a checkpoint."""
+        return self._saved_at == step and self._config.ckpt.save_optimizer
 
     def one_step(self, step: int, throughput: Throughput, replayable: bool) -> int:
         """One training step and its record; the signal that asked some rank to stop, or 0.
@@ -172,7 +176,10 @@ class Trainer:
             return
         state: dict[str, Any] = {"progress": asdict(self.progress), "engine": self._engine.state()}
         state["data"] = self._session.data["train"]
-        self._checkpointer.save(self.progress.step, self._engine.tensors(), state)
+        tensors = self._engine.tensors()
+        if not self._config.ckpt.save_optimizer:
+            tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+        self._checkpointer.save(self.progress.step, tensors, state)
         self._saved_at = self.progress.step
         self._tell_problems()
 

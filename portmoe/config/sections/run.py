@@ -44,6 +44,9 @@ class CheckpointConfig(Section):
     # steps after each of which hf_model-<step>/ is written; null: only hf_model/ at the end; 0: not even that
     export_every: Count | None = None
     export_dtype: Literal["float32", "bfloat16", "float16"] | None = None  # null: each tensor's own
+    save_optimizer: bool = (
+        True  # false: the weights alone, a third of the bytes; a run cannot go on from them
+    )
     async_upload: bool = True  # write in the background while training goes on
     async_upload_tmp_folder: Annotated[
         str | None, no_effect("checkpoints are written in place, atomically")
