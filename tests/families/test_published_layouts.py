@@ -26,6 +26,7 @@ FAMILIES = {
     "tiny_qwen2_moe": [
         *("model.moe_intermediate_size=16", "model.intermediate_size=48"),
         *("model.shared_expert_intermediate_size=32", "model.mlp_only_layers=[0]"),
+        *("moe.capacity_factor=1.0", "moe.min_capacity=2"),
     ],
     "internlm_7b": [
         *("model.num_attention_heads=4", "model.dtype=float32", "model.num_layers=3", "data.valid_every=0"),
