@@ -1,8 +1,8 @@
 """Where a run lives: choosing the directory, holding it, and the files written once.
 
 A run directory holds ``config.yaml`` (resolved), ``environment.json``, ``ops.json``,
-``metrics.jsonl``, its ``chain.jsonl``, ``train.log`` and ``checkpoints/``; ``status.json`` says whether the run is
-finished, and ``.lock`` is held by rank 0 for as long as the run lives.
+``metrics.jsonl``, its ``chain.jsonl``, ``train.log`` and ``checkpoints/``; ``status.json`` says whether
+the run is finished, and ``.lock`` is held by rank 0 for as long as the run lives.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""One fused function wrong by 1 %, in its gradient only: conformance fails it, and bisect names exactly it.
+"""One fused function wrong by 1 %, in its gradient only: conformance fails it, bisect names exactly it, and a
+replay of a trained checkpoint differs.
 
 The optimizer's function has no gradient: its result is wrong instead.
 """
@@ -16,7 +17,12 @@ from portmoe.ops import OPERATIONS
 from portmoe.record.progress import Progress
 from portmoe.record.terminal import terminal
 from portmoe.verify.backend.conformance import check_operation
+from portmoe.training.run import train
 from portmoe.verify.bisect.bisect import bisect
+from portmoe.verify.replay import report
+from portmoe.verify.replay.recompute import recompute
+from portmoe.verify.replay.recorded import config_of_replay, read_recorded
+from portmoe.verify.replay.replay import RECORD, replay_of
 
 NPU = torch.device("npu", 0)
 SMALL = (
@@ -107,3 +113,51 @@ def test_a_wrong_product_of_torchs_own_is_named_too():
         found = walk(STATIC)
     assert {d.judged.operation for d in found.defects()} == {"linear", "cross_entropy"}
     assert next(found.defects()).judged.place == "layers.0.attention.qkv"
+
+
+TRAINED_FOR = 60  # steps, before which queries and keys carry little gradient
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """``trained(model)``: a run on the CPU with the checkpoints of step 0 and of a trained state."""
+    runs = {}
+
+    def one(model):
+        if model not in runs:
+            runs[model] = tmp_path_factory.mktemp("trained") / "run"
+            steps = (f"data.total_steps={TRAINED_FOR + 1}", f"ckpt.keep_steps=[0,{TRAINED_FOR}]")
+            saved = (*steps, "ckpt.enable_save_ckpt=false", f"run.directory={runs[model]}")
+            train(load_config("tiny_moe4", [*SMALL, *model, *saved]), "trained", "cpu", "local")
+        return runs[model]
+
+    return one
+
+
+def replayed(run, out, steps, backend="npu"):
+    recorded = read_recorded(run, (), steps)
+    config = config_of_replay(recorded, out / RECORD, backend, 1, None, ())
+    recompute(config, recorded.checkpoints, recorded.starts, backend, "local", lambda line: None)
+    return replay_of(recorded, out)
+
+
+@pytest.mark.parametrize("model", [STATIC, RAGGED], ids=["static", "ragged"])
+def test_replay_agrees_with_every_right_function(model, trained, tmp_path):
+    found = replayed(trained(model), tmp_path, None)
+    assert found.passed, report.text(found)
+    assert found.made.backend == "npu"
+    assert len(found.recorded.starts) == 2
+
+
+@every_function
+def test_replay_of_a_trained_checkpoint_tells_it(implementation, trained, tmp_path):
+    with planted(implementation):
+        found = replayed(
+            trained(RAGGED if implementation.op in ON_RAGGED else STATIC), tmp_path, str(TRAINED_FOR)
+        )
+    assert not found.passed
+    assert found.first.part == ("update" if implementation.op == "adamw" else "backward")
+    failed = {result.name: result for result in found.results if result.status == "fail"}
+    assert found.first.name in failed
+    sharpest = max(result.needed / result.allowed for result in failed.values())
+    assert sharpest > 3, report.text(found)  # no near miss
