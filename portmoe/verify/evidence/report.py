@@ -13,7 +13,7 @@ JSON, PAGE = "verify.json", "verify.html"
 RECORDED = ("part", "subject", "name", "status", "detail")
 LIMIT = (
     "whoever rewrites lines, checkpoints and chain alike is found only by computing steps again: "
-    "--replay cpu, or cuda"
+    "--replay cpu, or another backend"
 )
 TAGS = {"pass": "PASS", "warn": "WARN", "fail": "FAIL", "skip": "SKIP"}
 
