@@ -81,8 +81,7 @@ def read_pretrained(folder: str) -> Pretrained:
     keys, unknown = dict(hub.absent), []
     for key, value in _without_rope(path, content).items():
         name = hub.renamed.get(key, key)
-        allowed = hub.fixed[key](value, content) if key in hub.fixed else value in NOTHING.get(key, (value,))
-        if not allowed:
+        if not _allowed(hub, key, value, content):
             raise _refused(path, key, value, "is not supported")
         if name in architecture_keys(family):
             keys[name] = value
@@ -117,7 +116,7 @@ def completed(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     folder = model.get("from_pretrained") if isinstance(model, Mapping) else None
     if not isinstance(folder, str) or not folder:
         return tree
-    if _is_complete(tree) and not (Path(folder).expanduser() / CONFIG).is_file():
+    if _is_complete(tree) and not _is_there(folder):
         return tree
     found = read_pretrained(folder)
     model_type = found.family.model_type
@@ -141,8 +140,26 @@ def architecture_keys(family: Family) -> list[str]:
     return [key for key in family.section.model_fields if key not in ModelSection.model_fields]
 
 
+def _allowed(hub: Hub, key: str, value: Any, content: Mapping[str, Any]) -> bool:
+    """Whether this value of a key of ``content`` is one that is trained here, as far as no section knows."""
+    if key not in hub.fixed:
+        return value in NOTHING.get(key, (value,))
+    try:
+        return hub.fixed[key](value, content)
+    except TypeError:  # text in place of a number, here or in another key
+        return False
+
+
+def _is_there(folder: str) -> bool:
+    try:
+        return (Path(folder).expanduser() / CONFIG).is_file()
+    except (RuntimeError, ValueError, OSError):
+        return False
+
+
 def _is_complete(tree: Mapping[str, Any]) -> bool:
-    family = registry.families().get(tree.get("model_type", registry.DEFAULT))
+    model_type = tree.get("model_type", registry.DEFAULT)
+    family = registry.families().get(model_type) if isinstance(model_type, str) else None
     return family is not None and all(key in tree["model"] for key in architecture_keys(family))
 
 

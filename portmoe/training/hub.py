@@ -1,6 +1,5 @@
 """A run's weights in the hub's format: the folder they come from, and the folders they go to."""
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from portmoe.checkpoint.hub_files import DTYPES, NAMES, HubFolder, read_folder, 
 from portmoe.checkpoint.hub_layout import shapes
 from portmoe.checkpoint.hub_read import fill
 from portmoe.checkpoint.hub_write import Target, write
+from portmoe.checkpoint.upkeep import clear
 from portmoe.config import Config
 from portmoe.config.pretrained import CONFIG, architecture_keys, completed, read_json, read_pretrained
 from portmoe.config.read import load_config
@@ -87,7 +87,8 @@ class Weights:
     def keep_beside(self, run: Path) -> None:
         """Copy what an export will carry over into the run directory: the folder may be gone by then."""
         kept = run / KEPT
-        kept.mkdir(exist_ok=True)
+        clear(kept)  # another run may have been here
+        kept.mkdir()
         for pattern in BESIDE:
             for path in self.folder.path.glob(pattern):
                 if path.is_file():
@@ -123,21 +124,19 @@ def target(config: Config, run: Path, final: Path, dtype: str | None = None) -> 
     """
     hub, kept = hub_of(config), run / KEPT
     tensors = shapes(hub.made(config.architecture), parameter_shapes(config))
-    dtype = dtype or config.ckpt.export_dtype
+    asked = dtype or config.ckpt.export_dtype
+    most = compute_dtype(config.model) if asked is None else getattr(torch, asked)
     others: dict[str, str] = {}
-    if dtype is not None:
-        most = getattr(torch, dtype)
-    elif (kept / KEPT_DTYPES).is_file():
-        source = read_json(kept / KEPT_DTYPES)
-        most, others = DTYPES[source["most"]], source["others"]
+    if config.model.from_pretrained is None:
+        beside = {CONFIG: json_text(_config_json(config, hub, most), indent=2) + "\n"}
     else:
-        most = compute_dtype(config.model)
+        source = read_json(kept / KEPT_DTYPES)
+        beside = {path.name: path for path in sorted(kept.iterdir()) if path.name != KEPT_DTYPES}
+        if asked is None:
+            most, others = DTYPES[source["most"]], source["others"]
+        else:
+            beside[CONFIG] = _with_dtype(read_json(kept / CONFIG), asked)
     dtypes = {name: DTYPES[others[name]] if name in others else most for name in tensors}
-    beside: dict[str, Path | str] = {CONFIG: json_text(_config_json(config, hub, most), indent=2) + "\n"}
-    if kept.is_dir():
-        beside |= {path.name: path for path in sorted(kept.iterdir()) if path.name != KEPT_DTYPES}
-        if dtype is not None:
-            beside[CONFIG] = _with_dtype((kept / CONFIG).read_text(encoding="utf-8"), dtype)
     return Target(final, tensors, dtypes, beside)
 
 
@@ -211,7 +210,6 @@ def _given(value: Any) -> Any:
     return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
-def _with_dtype(text: str, dtype: str) -> str:
-    content = json.loads(text)
+def _with_dtype(content: dict[str, Any], dtype: str) -> str:
     there = [key for key in ("dtype", "torch_dtype") if key in content] or ["torch_dtype"]
     return json_text(content | dict.fromkeys(there, dtype), indent=2) + "\n"

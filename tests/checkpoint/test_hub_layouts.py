@@ -34,7 +34,6 @@ FAST = [
     ("deepseek", "mtp"),
     ("mixtral", "isp"),
     ("qwen2", "msp"),
-    ("qwen3", "zero3"),
 ]
 SLOW = [(variant, layout) for variant in VARIANTS for layout in LAYOUTS if (variant, layout) not in FAST]
 

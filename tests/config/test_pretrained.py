@@ -198,6 +198,11 @@ def test_newer_programs_write_the_rotary_keys_in_one(folder):
     assert of_folder(folder(newer)).architecture == of_folder(folder(LITE, "older")).architecture
 
 
+def test_options_of_other_families_that_are_off_are_passed_over(folder):
+    coder = QWEN3_30B | {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0}
+    assert of_folder(folder(coder)).architecture == of_folder(folder(QWEN3_30B, "plain")).architecture
+
+
 def test_null_and_what_it_stands_for_are_the_same(folder):
     path = folder(MIXTRAL_8X7B)  # has no head_dim
     assert of_folder(path, "").model.head_dim is None
@@ -271,6 +276,10 @@ REFUSED = {
     ),
     "missing key": (without(MIXTRAL_8X7B, "num_local_experts"), "lacks num_local_experts"),
     "text for a number": (MIXTRAL_8X7B | {"vocab_size": "32000"}, "vocab_size = '32000'"),
+    "text for a window": (MIXTRAL_8X7B | {"sliding_window": "all"}, "sliding_window = 'all'"),
+    "no list of layers": (QWEN15_A27B | {"layer_types": 3}, "layer_types = 3"),
+    "no query norm": (QWEN3_30B | {"use_qk_norm": False}, "use_qk_norm = false"),
+    "a width that is no sum": (LITE | {"qk_head_dim": 200}, "qk_head_dim = 200"),
     "heads": (MIXTRAL_8X7B | {"num_key_value_heads": 5}, "num_attention_heads=32 must be a multiple"),
 }
 
@@ -293,6 +302,12 @@ def test_what_asks_for_the_hubs_format_is_refused_where_there_is_none(key):
         load_config("tiny_moe4", [f"ckpt.{key}"])
     load_config("tiny_moe4", ["ckpt.export_every=0"])
     load_config("tiny_mixtral", [f"ckpt.{key}"])
+
+
+@pytest.mark.parametrize("model_type", ["[1]", "3"])
+def test_a_model_type_that_is_none_is_named(model_type, folder):
+    with pytest.raises(ConfigError, match="model_type="):
+        of_folder(folder(LITE), f"model_type: {model_type}")
 
 
 def test_no_folder_is_no_name_on_the_hub(tmp_path, monkeypatch):

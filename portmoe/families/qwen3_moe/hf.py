@@ -17,6 +17,12 @@ HUB = hub.Hub(
     layer=layer,
     absent={**ABSENT, "head_dim": None, "attention_bias": False},
     renamed={"num_local_experts": "num_experts"},
-    fixed=FIXED,
+    fixed={
+        **FIXED,
+        # what some of its folders say of other families' options
+        "qkv_bias": lambda value, _: not value,
+        "shared_expert_intermediate_size": lambda value, _: not value,
+        "use_qk_norm": lambda value, _: value is True,
+    },
     free=hub.FREE,
 )
