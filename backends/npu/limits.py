@@ -48,6 +48,8 @@ def rotary(workload: Workload) -> Reason:
         return f"the head dimension is {workload.head_dim}, and must be below {ROTATED}"
     if workload.heads >= ROTATED_HEADS:
         return f"there are {workload.heads} heads, and must be below {ROTATED_HEADS}"
+    if workload.rotary_magnitude > 1:
+        return f"cosines and sines reach {workload.rotary_magnitude:.4g}, and must lie in −1 … 1"
     return None
 
 

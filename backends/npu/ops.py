@@ -108,8 +108,9 @@ UNUSED = (
     _unused(
         "dispatch",
         "npu_moe_token_permute_with_routing_map",
-        "its page does not say what fills the rows that are left, which must be zero here, and with "
-        "drop_and_pad its rows are in the order of the tokens, where second choices come after first ones",
+        "its page does not say which token a row that is left stands for: one that is routed to the expert "
+        "would be counted twice on the way back; and with drop_and_pad rows are in the order of the tokens, "
+        "where second choices come after first ones",
         REARRANGE,
     ),
     _unused(

@@ -38,6 +38,11 @@ class Rotary:
     interleaved: bool = False  # pairs of neighbours, instead of halves
     yarn: Yarn | None = None
 
+    @property
+    def magnitude(self) -> float:
+        """What cosines and sines are multiplied by."""
+        return 1.0 if self.yarn is None else self.yarn.magnitude
+
 
 @dataclass(frozen=True)
 class Attention:

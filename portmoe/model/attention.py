@@ -107,7 +107,8 @@ class Attention(nn.Module):
         return where if self.sizes.group == 1 else site(where, "keys")
 
     def calls(self, share: Share) -> Calls:
-        sizes, shared = self.sizes, {"qk_interleaved": self.sizes.rotary.interleaved}
+        sizes, rotary = self.sizes, self.sizes.rotary
+        shared = {"qk_interleaved": rotary.interleaved, "rotary_magnitude": rotary.magnitude}
         heads, kv_heads = sizes.heads // share.ranks, self._kv_heads(share.ranks)
         queries, *others = self.widths
         rows = sizes.kv_heads * queries // share.parts + self._kv_heads(share.parts) * sum(others)

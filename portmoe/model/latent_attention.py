@@ -99,8 +99,9 @@ class LatentAttention(nn.Module):
         return both_TM.unflatten(-1, (-1, sum(widths))).split(widths, -1)
 
     def calls(self, share: Share) -> Calls:
-        sizes, tokens = self.sizes, share.inside
-        heads, turned = sizes.heads // share.ranks, {"qk_interleaved": sizes.rotary.interleaved}
+        sizes, tokens, rotary = self.sizes, share.inside, self.sizes.rotary
+        heads = sizes.heads // share.ranks
+        turned = {"qk_interleaved": rotary.interleaved, "rotary_magnitude": rotary.magnitude}
         if sizes.query_rank is None:
             yield from self.q.call(share, tokens, outputs=share.parts)
         else:

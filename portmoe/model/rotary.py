@@ -15,9 +15,9 @@ def rotary_tables(positions_T: torch.Tensor, rotary: Rotary, width: int) -> tupl
     # Frequencies come from the host: every device multiplies by the same numbers. The copy does not wait.
     frequency_R = torch.tensor(frequencies(rotary, width), dtype=torch.float32)
     angle_TR = positions_T.float()[:, None] * frequency_R.to(positions_T.device, non_blocking=True)
-    if rotary.yarn is None or rotary.yarn.magnitude == 1.0:
+    if rotary.magnitude == 1.0:
         return angle_TR.cos(), angle_TR.sin()
-    return angle_TR.cos() * rotary.yarn.magnitude, angle_TR.sin() * rotary.yarn.magnitude
+    return angle_TR.cos() * rotary.magnitude, angle_TR.sin() * rotary.magnitude
 
 
 def frequencies(rotary: Rotary, width: int) -> list[float]:

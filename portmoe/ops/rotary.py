@@ -36,7 +36,8 @@ def samples(workload: Workload, generator: torch.Generator) -> Sequence[Sample]:
     for label, tokens, interleaved in cases:
         x_TND = draw((tokens, workload.heads, workload.head_dim), workload, generator)
         angle_TR = torch.rand(tokens, workload.head_dim // 2, generator=generator).mul(100)
-        table = (angle_TR.cos().to(workload.device), angle_TR.sin().to(workload.device))
+        magnitude = workload.rotary_magnitude
+        table = tuple((magnitude * of_TR).to(workload.device) for of_TR in (angle_TR.cos(), angle_TR.sin()))
         made.append(Sample(label, (x_TND, *table, interleaved)))
     return made
 

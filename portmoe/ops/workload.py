@@ -28,6 +28,7 @@ class Workload:
     capacity: int  # C: rows of each expert; 0 where the buffer is ragged
     equal_segments: bool  # every segment of a pack has seq_len tokens
     qk_interleaved: bool = False
+    rotary_magnitude: float = 1.0  # that the rotary tables' cosines and sines reach
     random_drops: bool = False  # the gating draws which tokens an expert keeps
     kv_heads: int | None = None  # heads of k and v; None: as many as q has
     value_dim: int | None = None  # Dv, the width of v's heads; None: D

@@ -60,5 +60,6 @@ def test_the_whole_hour_goes_on_without_what_is_broken(tmp_path, simulated):
         ("bisect", "dropless"),
         ("train", "npu"),
         ("compare", "cpu"),
+        ("replay", "cpu"),
     ):
         assert found[stage, subject]["status"] == "pass", found[stage, subject]

@@ -195,6 +195,7 @@ def train(hour: Hour) -> None:
             f"data.total_steps={STEPS}",
             f"lr_scheduler.total_steps={STEPS}",
             "ckpt.enable_save_ckpt=false",
+            *([f"ckpt.keep_steps=[0,{STEPS - 1}]"] if backend == "cpu" else []),
             "cudnn_deterministic=true",
         ]
         # The CPU has implementations of its own: nothing is left out of its run.
@@ -212,16 +213,12 @@ def train(hour: Hour) -> None:
 
 
 def replay(hour: Hour) -> None:
-    """The CPU's run again on the backend, from its recorded states, where the command exists."""
+    """Steps of the CPU's run again on the backend, from its states: at the start and after some training."""
     run = hour.folder / "run-cpu"
     if hour.unusable or not run.is_dir():
         return
-    known = subprocess.run([sys.executable, *COMMAND, "replay", "--help"], capture_output=True, check=False)
-    if known.returncode:
-        hour.found(Finding("replay", "cpu", "skip", "this version has no portmoe replay", 0.0))
-        return
     out = str(hour.folder / "replay")
-    arguments = ["replay", str(run), "--backend", hour.backend, "--out", out]
+    arguments = ["replay", str(run), "--backend", hour.backend, "--out", out, *_settings(disabled=hour.dead)]
     hour.command("replay", "cpu", arguments, {4: "a step differs"}, "replay.txt")
 
 

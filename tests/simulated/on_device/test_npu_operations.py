@@ -13,6 +13,8 @@ from portmoe.backends.npu import attention, grouped_matmul, limits, permutation,
 from portmoe.backends.npu.ops import FUSED, LAST, UNUSED, NpuOperations
 from portmoe.ops import OPERATIONS, Segments, choose
 from portmoe.ops import attention as plain_attention
+from portmoe.parallel.layout import Layout
+from portmoe.parallel.workload import call_sites
 
 NPU = torch.device("npu", 0)
 IMPLEMENTATIONS = NpuOperations().implementations()
@@ -76,6 +78,7 @@ def test_every_fused_function_is_preferred_where_it_supports_the_case():
         ("attention", {"tokens": 2**20}, {"tokens": 2**20 + 1}, "tokens, over"),
         ("rotary", {"head_dim": 894}, {"head_dim": 896}, "below 896"),
         ("rotary", {"heads": 999}, {"heads": 1000}, "below 1000"),
+        ("rotary", {"rotary_magnitude": 1.0}, {"rotary_magnitude": 1.1}, "in −1 … 1"),
         ("expert_ffn", {"experts": 1024}, {"experts": 1025}, "1025 experts"),
         ("expert_ffn_ragged", {"experts": 1024}, {"experts": 1025}, "1025 experts"),
         ("expert_ffn", {"ffn_width": 65535}, {"ffn_width": 65536}, "65536 wide"),
@@ -90,6 +93,19 @@ def test_it_says_what_it_does_not_support(op, at_most, changes, reason):
     for implementation in (i for i in FUSED if i.op == op):
         assert implementation.supports(workload(**at_most)) is None
         assert reason in implementation.supports(workload(**changes))
+
+
+def test_rotary_tables_that_yarn_enlarges_are_turned_by_something_else():
+    plain = load_config("tiny_deepseek_v2", ["model.dtype=float32"])
+    assert _chosen_rotary(plain) == {"npu_rotary_mul"}
+    larger = load_config("tiny_deepseek_v2", ["model.dtype=float32", "model.rope_scaling.mscale_all_dim=0.0"])
+    assert _chosen_rotary(larger) == {"reference"}
+
+
+def _chosen_rotary(config):
+    sites = call_sites(config, Layout.plan(config, 1), NPU)
+    table = choose(OPERATIONS, IMPLEMENTATIONS, sites, config)
+    return {choice.chosen for choice in table.choices if choice.key.startswith("rotary")}
 
 
 @pytest.mark.parametrize("op", ["dispatch", "combine"])
