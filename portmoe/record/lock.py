@@ -68,6 +68,20 @@ def hold(directory: Path) -> Lock:
         raise
 
 
+def in_use(directory: Path) -> bool:
+    """Whether a process holds ``directory``; where that cannot be asked: no. Holds it for an instant."""
+    if (directory / HOLDER).exists() and _alive(directory / HOLDER):
+        return True
+    try:
+        with open(directory / LOCK, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 class _Holder:
     """The file of one holder, touched until it is released."""
 
