@@ -5,18 +5,15 @@ from pathlib import Path
 
 import click
 
-from portmoe.accelerator.discovery import AUTO, find, prepare
-from portmoe.cli.options import config_options
-from portmoe.config.read import load_config
+from portmoe.cli.first_line import announce
+from portmoe.cli.options import backend_option, config_options
 from portmoe.errors import ConfigError, TrainingError
-from portmoe.record.progress import Progress
-from portmoe.record.terminal import terminal
 
 
 @click.command()
 @config_options
 @click.option("--reference", default="cpu", show_default=True, help="The backend that is trusted.")
-@click.option("--backend", default=AUTO, show_default=True, help="The backend under suspicion.")
+@backend_option("The backend under suspicion.")
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**31),
@@ -30,7 +27,12 @@ from portmoe.record.terminal import terminal
     help="A file for the report: JSON, or a page where its name ends in .html.",
 )
 def bisect(
-    name: str, overrides: tuple[str, ...], reference: str, backend: str, seed: int | None, out: Path | None
+    config_file: str,
+    overrides: tuple[str, ...],
+    reference: str,
+    backend: str,
+    seed: int | None,
+    out: Path | None,
 ) -> None:
     """Name the first operation of a training step that a backend computes wrong.
 
@@ -38,15 +40,21 @@ def bisect(
     and upstream gradients, so that it answers for its own errors only. Ends with exit code 4 if a defect is
     found.
     """
+    announce(f"bisect a step of {config_file} on {backend}")
+    from portmoe.accelerator.discovery import AUTO, find, prepare
+    from portmoe.config.read import load_config
+    from portmoe.record.progress import Progress
+    from portmoe.record.terminal import terminal
+
     seeded = () if seed is None else (f"run.seed={seed}",)
-    config = load_config(name, [*overrides, *seeded])
+    config = load_config(config_file, [*overrides, *seeded])
     if reference != AUTO:
         find(reference)
     prepare(backend)
     from portmoe.verify.bisect import bisect_report
     from portmoe.verify.bisect.bisect import bisect as walk
 
-    with Progress(terminal(sys.stderr), unit="call") as progress:
+    with Progress(terminal(sys.stderr), unit="calls") as progress:
         found = walk(config, reference, backend, progress)
     click.echo(bisect_report.text(found))
     if out is not None:

@@ -6,24 +6,15 @@ from pathlib import Path
 
 import click
 
-from portmoe.accelerator.discovery import AUTO
+from portmoe.cli.first_line import announce
+from portmoe.cli.options import backend_option
 from portmoe.errors import BackendError, ConfigError
-from portmoe.record.progress import Progress
-from portmoe.record.terminal import terminal
-from portmoe.verify.machine.page import html
-from portmoe.verify.machine.survey import survey
-from portmoe.verify.machine.text import render
 
 COLOURS = {"OK": "green", "WARN": "yellow", "FAIL": "red"}
 
 
 @click.command("check-env")
-@click.option(
-    "--backend",
-    default=AUTO,
-    show_default=True,
-    help="The backend to check; auto checks all that are installed.",
-)
+@backend_option("The backend to check; auto checks all that are installed.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), default=None, help="An HTML page of the report."
@@ -40,6 +31,13 @@ def check_env(backend: str, as_json: bool, out: Path | None, timeout: float) -> 
 
     Ends with exit code 3 if the backend asked for (for auto: every backend) cannot train.
     """
+    announce(f"check what can train here, {backend}")
+    from portmoe.record.progress import Progress
+    from portmoe.record.terminal import terminal
+    from portmoe.verify.machine.page import html
+    from portmoe.verify.machine.survey import survey
+    from portmoe.verify.machine.text import render
+
     with Progress(terminal(sys.stderr)) as progress:
         report = survey(backend, timeout, lambda what: progress(f"checking {what}"))
     if as_json:

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import click
 
+from portmoe.cli import completions
 from portmoe.errors import ConfigError, TrainingError
 
 RUN = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 @click.command()
-@click.argument("first", metavar="RUN_A", type=RUN)
-@click.argument("second", metavar="RUN_B", type=RUN)
+@click.argument("first", metavar="RUN_A", type=RUN, shell_complete=completions.runs)
+@click.argument("second", metavar="RUN_B", type=RUN, shell_complete=completions.runs)
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), default=None, help="An HTML page with plots."
 )

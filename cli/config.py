@@ -14,7 +14,7 @@ from portmoe.errors import ConfigError
 @click.group(invoke_without_command=True)
 @config_options
 @click.pass_context
-def config(context: click.Context, name: str, overrides: tuple[str, ...]) -> None:
+def config(context: click.Context, config_file: str, overrides: tuple[str, ...]) -> None:
     """Print a config with every key resolved; the output is a config file again.
 
     Keys that are set but change nothing are reported on standard error.
@@ -22,7 +22,7 @@ def config(context: click.Context, name: str, overrides: tuple[str, ...]) -> Non
     if context.invoked_subcommand is not None:
         _refuse_options(context)
         return
-    resolved = load_config(name, overrides)
+    resolved = load_config(config_file, overrides)
     click.echo(dump_config(resolved), nl=False)
     _show_notes(resolved)
 
@@ -63,7 +63,7 @@ def import_(source: str, output: str | None, force: bool) -> None:
 
 def _refuse_options(context: click.Context) -> None:
     given = click.core.ParameterSource.COMMANDLINE
-    if given in (context.get_parameter_source(name) for name in ("name", "overrides")):
+    if given in (context.get_parameter_source(name) for name in ("config_file", "overrides")):
         raise click.UsageError(f"--config and --set do not go with {context.invoked_subcommand!r}")
 
 

@@ -52,6 +52,8 @@ class LazyGroup(click.Group):
     cls=LazyGroup,
     subcommands={
         "train": ("portmoe.cli.train:train", "Train a model, or show with --dry-run what training it takes."),
+        "runs": ("portmoe.cli.runs:runs", "List the runs there are, and how each one ended."),
+        "data": ("portmoe.cli.data:data", "Make a data set of your own text."),
         "config": ("portmoe.cli.config:config", "Print a config with every key resolved, or import one."),
         "validate": ("portmoe.cli.validate:validate", "Show that a backend computes what it must."),
         "compare": ("portmoe.cli.compare:compare", "Compare two runs of one config."),
@@ -61,6 +63,10 @@ class LazyGroup(click.Group):
         "model": ("portmoe.cli.model:model", "Tell what a folder of the hub is, and what training it takes."),
         "export": ("portmoe.cli.export:export", "Write a run's weights as a folder of the hub."),
         "check-env": ("portmoe.cli.check_env:check_env", "Check what this machine can train on."),
+        "completion": (
+            "portmoe.cli.completion:completion",
+            "Let a shell complete what is typed after portmoe.",
+        ),
     },
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )

@@ -3,27 +3,32 @@
 import json
 import os
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
-from portmoe.accelerator.discovery import AUTO, find, prepare
-from portmoe.cli.options import config_options
-from portmoe.config.checks import of_the_data
-from portmoe.config.read import config_name, load_config
-from portmoe.errors import BackendError, ConfigError
-from portmoe.launch.address import with_known_address
-from portmoe.launch.interrupt import exit_code
-from portmoe.launch.nodes import Nodes
+from portmoe.cli.first_line import announce
+from portmoe.cli.options import backend_option, config_options
+from portmoe.errors import BackendError, ConfigError, TrainingError
 from portmoe.launch.ranks import LAUNCHERS, detect, machine_of
-from portmoe.parallel.layout import Layout
-from portmoe.training.engines import require_engine
+
+if TYPE_CHECKING:
+    from portmoe.config import Config
+    from portmoe.launch.nodes import Nodes
 
 MOST_RANKS = 2**20
 
 
 @click.command()
 @config_options
-@click.option("--backend", default=AUTO, show_default=True, help="The accelerator to train on.")
+@backend_option("The accelerator to train on.")
+@click.option("--name", "run_name", metavar="NAME", help="Train in runs/NAME; the key run.name.")
+@click.option("--out", metavar="DIR", help="Train in this directory; the key run.directory.")
+@click.option(
+    "--log",
+    type=click.Choice(("table", "full")),
+    help="What is shown of the steps: a table, or the benchmark's lines; the key log.terminal.",
+)
 @click.option(
     "--nproc",
     type=click.IntRange(1, MOST_RANKS),
@@ -51,6 +56,11 @@ MOST_RANKS = 2**20
     help="Write a trace of the first steps after warming up, and print where their time and memory go.",
 )
 @click.option(
+    "--require-acceptance",
+    is_flag=True,
+    help="End with exit code 4 unless the benchmark accepts the run (its loss on the dummy data).",
+)
+@click.option(
     "--twin",
     type=click.IntRange(1, 2**31),
     default=None,
@@ -66,25 +76,43 @@ MOST_RANKS = 2**20
     help="Number of ranks the dry run is for.  [default: --nproc]",
 )
 def train(
-    name: str,
+    config_file: str,
     overrides: tuple[str, ...],
     backend: str,
+    run_name: str | None,
+    out: str | None,
+    log: str | None,
     nproc: int,
     max_restarts: int,
     launcher: str,
     profile: bool,
     twin: int | None,
+    require_acceptance: bool,
     dry_run: bool,
     world_size: int | None,
 ) -> None:
-    """Train the model of a config; without options, the tiny one on the best backend found."""
+    """Train the model of a config; without options, the tiny one on the best backend found.
+
+    A run lives in runs/NAME. The same command again goes on with it where it was stopped; once it is
+    finished, or where the config or the data differ, it begins another in runs/NAME-2. `portmoe runs` lists
+    them.
+    """
     if world_size is not None and not dry_run:
         raise click.UsageError("--world-size is for --dry-run only; use --nproc to start processes")
     if profile and dry_run:
         raise click.UsageError("--profile needs real steps; leave --dry-run out")
+    announce(f"{'dry run of' if dry_run else 'train'} {config_file} on {backend}")
+    overrides += tuple(
+        f"{key}={json.dumps(value)}"
+        for key, value in (("run.name", run_name), ("run.directory", out), ("log.terminal", log))
+        if value is not None
+    )
+    from portmoe.accelerator.discovery import AUTO, find, prepare
+    from portmoe.config.read import config_name, load_config
+
     if twin is not None:
-        overrides = _of_twin(name, overrides, twin)
-    config = load_config(name, overrides)
+        overrides = _of_twin(config_file, overrides, twin)
+    config = load_config(config_file, overrides)
     if backend != AUTO:
         find(backend)
     machine = None if dry_run else machine_of(launcher)
@@ -95,48 +123,64 @@ def train(
         ranks = nproc if dry_run or nproc > 1 else _started(launcher)
         if nproc > 1 and not dry_run:
             _refuse_inside_of_a_launch(nproc, launcher)
-    if problems := list(of_the_data(config)):
-        raise ConfigError(f"{name}: {problems[0]}")
-    Layout.plan(config, world_size or ranks)
-    require_engine(config)
+    _check(config, config_file, world_size or ranks, require_acceptance)
     prepare(backend)
     if dry_run:
         from portmoe.planning.dry_run import dry_run as describe
 
-        click.echo(describe(config, name, backend, world_size or nproc))
+        click.echo(describe(config, config_file, backend, world_size or nproc))
         return
     if nproc > 1 or machine is not None:
         from portmoe.launch.spawn import spawn
 
         settings = [part for override in overrides for part in ("--set", override)]
-        argv = [
-            "train",
-            "--config",
-            name,
-            *settings,
-            "--backend",
-            backend,
-            "--launcher",
-            "nodes" if machine else "torchrun",
-        ]
+        launched = "nodes" if machine else "torchrun"
+        argv = ["train", "--config", config_file, *settings, "--backend", backend, "--launcher", launched]
         argv += ["--profile"] if profile else []
+        argv += ["--require-acceptance"] if require_acceptance else []
         sys.exit(spawn(nproc, argv, max_restarts, machine=machine))
+    from portmoe.launch.interrupt import exit_code
     from portmoe.training.run import train as start
 
-    called = config_name(name) + (f"-twin{config.run.twin}" if config.run.twin else "")
-    stopped_by = start(config, called, backend, launcher, profile)
-    if stopped_by is not None:
-        sys.exit(exit_code(stopped_by))
+    called = config_name(config_file) + (f"-twin{config.run.twin}" if config.run.twin else "")
+    outcome = start(config, called, backend, launcher, profile)
+    if outcome.signal is not None:
+        sys.exit(exit_code(outcome.signal))
+    if require_acceptance and outcome.accepted is False:
+        raise TrainingError("the benchmark does not accept this run (--require-acceptance)")
 
 
-def _of_twin(name: str, overrides: tuple[str, ...], twin: int) -> tuple[str, ...]:
+def _of_twin(config_file: str, overrides: tuple[str, ...], twin: int) -> tuple[str, ...]:
     """The overrides with those of a twin, which the command of its run makes beside that run's directory."""
-    directory = load_config(name, overrides).run.directory
-    beside = () if directory is None else (f"run.directory={json.dumps(f'{directory}-twin{twin}')}",)
+    from portmoe.config.read import load_config
+
+    run = load_config(config_file, overrides).run
+    places = (("run.directory", run.directory), ("run.name", run.name))
+    beside = (f"{key}={json.dumps(f'{place}-twin{twin}')}" for key, place in places if place is not None)
     return (*overrides, f"run.twin={twin}", *beside)
 
 
-def _processes(machine: Nodes, nproc: int) -> int:
+def _check(config: "Config", config_file: str, ranks: int, require_acceptance: bool) -> None:
+    """Refuse what can be told from the config alone, before torch is imported."""
+    from portmoe.config.checks import of_the_data
+    from portmoe.parallel.layout import Layout
+    from portmoe.record import acceptance
+    from portmoe.training.engines import require_engine
+
+    if problems := list(of_the_data(config)):
+        raise ConfigError(f"{config_file}: {problems[0]}")
+    if require_acceptance and not acceptance.applies(config):
+        raise ConfigError(
+            "--require-acceptance is about the benchmark's dummy data, and data.train_folder is set; leave "
+            "one of the two out"
+        )
+    if require_acceptance and (problem := acceptance.out_of_reach(config)):
+        raise ConfigError(f"--require-acceptance: {problem}")
+    Layout.plan(config, ranks)
+    require_engine(config)
+
+
+def _processes(machine: "Nodes", nproc: int) -> int:
     """How many ranks each machine has."""
     if nproc > 1 and machine.processes not in (None, nproc):
         raise click.UsageError(
@@ -148,6 +192,8 @@ def _processes(machine: Nodes, nproc: int) -> int:
 
 def _started(launcher: str) -> int:
     """How many ranks there are, with this one; refuses at once what they would wait for in vain."""
+    from portmoe.launch.address import with_known_address
+
     ranks = detect(launcher)
     if ranks.world_size > 1:
         with_known_address(ranks, os.environ)

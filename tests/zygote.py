@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,14 @@ class Forked:
 
     def kill(self) -> None:
         self._process.kill()
+
+    def await_said(self, text: str, timeout: float = 120) -> None:
+        """Wait until it has said ``text``."""
+        deadline = time.monotonic() + timeout
+        while text not in (said := self._output.read_text(errors="replace")):
+            if time.monotonic() > deadline or self.poll() is not None:
+                raise AssertionError(f"it did not say {text!r}, but:\n{said}")
+            time.sleep(0.05)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
         """Wait for its end; gives what it has said."""

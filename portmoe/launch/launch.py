@@ -16,9 +16,8 @@ from torch.distributed import distributed_c10d
 from portmoe.accelerator import Accelerator
 from portmoe.errors import BackendError
 from portmoe.launch.address import with_known_address
-from portmoe.launch.ranks import Ranks
+from portmoe.launch.ranks import PARENT, Ranks
 
-PARENT = "PORTMOE_PARENT_PID"  # set by spawn: the process whose end must be this rank's end
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _TICKETS = "portmoe/tickets"
 _TORCHS_TIMEOUT = distributed_c10d._get_default_timeout

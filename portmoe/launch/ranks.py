@@ -11,6 +11,7 @@ from portmoe.launch.mpi import FAMILIES, Family, family_of, rendezvous
 from portmoe.launch.nodes import TOGETHER, Nodes, nodes_of
 
 LAUNCHERS = ("auto", "local", "torchrun", "srun", "mpi", "nodes")
+PARENT = "PORTMOE_PARENT_PID"  # set by spawn: the process whose end must be this rank's end
 LOOPBACK = "127.0.0.1"
 FIRST_PORT, PORTS = 20000, 10000  # below the ports Linux hands out by itself
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0  # SLURM's numbers for what is no step of srun's
@@ -72,6 +73,17 @@ def detect(launcher: str = "auto", environ: Mapping[str, str] = os.environ) -> R
                 "Unset its variables, or start through it"
             )
     return ranks
+
+
+def speaks(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the one that speaks for all: no other rank of a launch, nor started by one.
+
+    Asked before the launcher is known for certain, see ``detect``.
+    """
+    family = family_of(environ)
+    names = ("RANK", *([family.rank] if family else []), "SLURM_PROCID")
+    rank = next((environ[name] for name in names if name in environ), "0")
+    return rank == "0" and PARENT not in environ
 
 
 def _launched_by(environ: Mapping[str, str]) -> str:

@@ -19,8 +19,8 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from portmoe.accelerator.host_memory import likely_cause
 from portmoe.errors import BackendError, ConfigError, TrainingError
 from portmoe.launch.interrupt import SIGNALS, exit_code, heeded
-from portmoe.launch.launch import PARENT
 from portmoe.launch.nodes import Nodes
+from portmoe.launch.ranks import PARENT
 
 _STOPPED = tuple(map(exit_code, SIGNALS))  # of ranks that were asked to stop
 _PERMANENT = (ConfigError.exit_code, BackendError.exit_code)  # a restart would meet them again

@@ -16,6 +16,7 @@ from portmoe.parallel.layout import Layout, most_ranks
 from portmoe.parallel.stages import describe, in_flight, stages_of
 from portmoe.parallel.workload import call_sites, share_of
 from portmoe.planning.memory_check import state_of_rank, weights_dtype
+from portmoe.record.acceptance import out_of_reach
 
 
 def dry_run(config: Config, config_name: str, backend: str, world_size: int) -> str:
@@ -27,7 +28,8 @@ def dry_run(config: Config, config_name: str, backend: str, world_size: int) -> 
     """
     layout = Layout.plan(config, world_size)
     accelerator = get_accelerator(backend)
-    notes = [f"note: {note}" for note in (*default_model(config), *no_effect_notes(config))]
+    said = (*default_model(config), *filter(None, [out_of_reach(config)]), *no_effect_notes(config))
+    notes = [f"note: {note}" for note in said]
     operations = list(_operations(config, layout, accelerator, notes))
     rows = [
         ("config", config_name),

@@ -1,81 +1,116 @@
 """What the person at the terminal sees while a run goes on."""
 
-import os
-import shutil
+import math
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
-from datetime import timedelta
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
-BAR_WIDTH = 20
-ERASE_LINE = "\r\x1b[K"
+from portmoe.record import rows
+from portmoe.record.progress import Progress
+from portmoe.record.terminal import terminal
+
+ROW_EVERY = 5.0  # seconds between two rows of a terminal
+HEADER_EVERY = 30  # rows
 
 
 class Console:
-    """Output: on a terminal one progress line, redrawn under the notes; elsewhere plain lines, one a step.
+    """A table of steps above one bar on a terminal, the same rows elsewhere; events as lines of their own.
 
-    A reader that goes away (``portmoe train | head``, a closed terminal) ends the output, not the run.
+    With ``style`` "full", the benchmark's line of every step instead of the rows.
     """
 
     def __init__(
         self,
         stream: TextIO,
-        terminal: bool,
         total_steps: int,
+        *,
+        first_step: int = 0,
+        ranks: int = 1,
+        style: Literal["table", "full"] = "table",
+        plain_every: int = 10,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._stream = stream
-        self._terminal = terminal
-        self._total_steps = total_steps
+        """
+        Args:
+            first_step: the first that will be shown.
+            ranks: over which the tokens of a step are spread.
+            plain_every: steps between two rows where ``stream`` is no terminal.
+        """
+        self._console = terminal(stream)
+        self._progress = Progress(
+            self._console, total_steps, first_step, unit="steps", plain_every=None, clock=clock
+        )
+        self._total = total_steps
+        self._ranks = ranks
+        self._full = style == "full"
+        self._plain_every = plain_every
         self._clock = clock
-        self._ends = deque([clock()], maxlen=51)  # when the last 50 steps ended
-        self._progress = ""
-        self._open = True
+        self._began = clock()
+        self._row_at: float | None = None  # when the last row was shown
+        self._rows = 0
+        self._skipped: int | None = None if first_step else 0
+
+    def begin(self) -> None:
+        """Show the bar: from now on steps are made."""
+        self._progress("first step")
+        self._progress.__enter__()
 
     def step(self, record: Mapping[str, Any], line: str) -> None:
-        """Show a finished step: ``line`` as it is, or the progress line made from ``record``."""
-        self._ends.append(self._clock())
-        if self._terminal:
-            self._progress = self._progress_line(record)
-            self._write(ERASE_LINE + self._progress)
-        else:
-            self._write(line + "\n")
+        """Show a finished step: the benchmark's ``line`` of it, or a row where one is due."""
+        done = record["step"] + 1
+        self._progress(_figures(record), done)
+        if self._full:
+            self._progress.say(line)
+        elif self._due(done) or "valid_loss" in record:
+            self._show(record)
+        if not self._full:
+            self._events(record)
 
     def note(self, text: str) -> None:
-        """Show ``text``, which may have several lines, above the progress line."""
-        if self._terminal and self._progress:
-            self._write(f"{ERASE_LINE}{text}\n{self._progress}")
-        else:
-            self._write(text + "\n")
+        """Show ``text``, which may have several lines, above the bar."""
+        self._progress.say(text, "yellow" if text.startswith("WARNING") else "")
 
     def close(self) -> None:
-        """Leave the last progress line standing; what is shown later begins on a new line."""
-        if self._progress:
-            self._write("\n")
-            self._progress = ""
+        """Take the bar away."""
+        self._progress.stop()
 
-    def _progress_line(self, record: Mapping[str, Any]) -> str:
-        done = record["step"] + 1
-        filled = BAR_WIDTH * done // self._total_steps
-        seconds_per_step = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
-        eta = timedelta(seconds=round((self._total_steps - done) * seconds_per_step))
-        line = (
-            f"[{'=' * filled}{' ' * (BAR_WIDTH - filled)}] step {done}/{self._total_steps}  "
-            f"loss {record['loss']:.4f}  tgs {record['tgs/tgs_SMA']:.0f}  ETA {eta}"
+    def _due(self, done: int) -> bool:
+        if self._row_at is None or done == self._total:
+            return True
+        if self._console.is_terminal:
+            return self._clock() - self._row_at >= ROW_EVERY
+        return done % self._plain_every == 0
+
+    def _show(self, record: Mapping[str, Any]) -> None:
+        self._row_at = self._clock()
+        shown = rows.columns(self._console.width - 1 if self._console.is_terminal else 200)
+        if self._rows == 0 or (self._console.is_terminal and self._rows % HEADER_EVERY == 0):
+            self._progress.say(rows.header(shown), "bold")
+        self._rows += 1
+        speed = record.get("tgs/tgs_SMA")
+        row = rows.Row(
+            record,
+            self._row_at - self._began,
+            self._progress.seconds_left,
+            None if speed is None else speed * self._ranks,
         )
-        # A line wider than the terminal would wrap, and only its last row would be redrawn.
-        return line[: shutil.get_terminal_size().columns - 1]
+        self._progress.say(rows.line(shown, row))
 
-    def _write(self, text: str) -> None:
-        if not self._open:
-            return
-        encoding = self._stream.encoding or "utf-8"
-        try:
-            self._stream.write(text.encode(encoding, "replace").decode(encoding))
-            self._stream.flush()
-        except OSError:
-            self._open = False
-            # Python flushes the stream again at exit and would complain then.
-            with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), self._stream.fileno())
+    def _events(self, record: Mapping[str, Any]) -> None:
+        step, skipped = record["step"], record.get("inf_nan_skip_batches", 0)
+        norm = rows.total_norm(record)
+        before = self._skipped
+        self._skipped = skipped
+        if skipped > before if before is not None else norm is not None and not math.isfinite(norm):
+            self._progress.say(
+                f"step {step} skipped: its gradients are not finite ({skipped} so far)", "yellow"
+            )
+        if "valid_loss" in record:
+            loss, accuracy = record["valid_loss"], record.get("valid_acc")
+            told = "" if accuracy is None else f", accuracy {accuracy:.1%}"
+            self._progress.say(f"validation after step {step}: loss {loss:.4f}{told}", "cyan")
+
+
+def _figures(record: Mapping[str, Any]) -> str:
+    loss = record.get("loss")
+    return "" if loss is None else f"loss {loss:.4f}"

@@ -55,7 +55,7 @@ class StepResult:
         moe_loss: the auxiliary terms as they entered the training loss, times their coefficients.
         grad_norms: by parameter group, as ``model.parameters`` names them.
         layer_grad_norms: by parameter group, then embedding, every layer in order, final norm with head.
-        learning_rate, beta2, loss_scale: as used in this step.
+        learning_rate, beta2, loss_scale: as used in this step; next_learning_rate: as the next step will.
         skipped_steps: steps skipped for inf or nan gradients since the run began.
         micro_num: micro-batches per rank.
         consumed_tokens: of the run so far, this step included, with and without a label.
@@ -71,6 +71,7 @@ class StepResult:
     grad_norms: Mapping[str, float]
     layer_grad_norms: Mapping[str, Sequence[float]]
     learning_rate: float
+    next_learning_rate: float
     beta2: float
     loss_scale: float
     skipped_steps: int
@@ -142,6 +143,7 @@ def step_record(result: StepResult, speed: Speed) -> dict[str, Any]:
         "expert_load": [count / assigned for count in totals.assigned] if assigned else [],
         "grad_norm_layers": {group: places(norms) for group, norms in result.layer_grad_norms.items()},
         "step_time": result.step_seconds,
+        "lr_next": result.next_learning_rate,
         "peak_memory": result.peak_memory,
         "data_crc32": f"{totals.data_crc32:08x}",
         "grad_norm_parameters": dict(result.parameter_grad_norms),
@@ -152,13 +154,14 @@ def step_record(result: StepResult, speed: Speed) -> dict[str, Any]:
 def to_text(record: Mapping[str, Any], expert_ranks: int) -> str:
     """``key=value key=value …``: losses and the like in full precision, rates and times rounded.
 
-    What is too long for a line is in ``metrics.jsonl`` only. The parameter groups have the benchmark's names
-    here, which tell over how many ranks the experts are spread.
+    What is too long for a line is in ``metrics.jsonl`` only. Two things are as the benchmark prints them, so
+    that its log and this one can be laid side by side: ``lr`` is the rate after the schedule has moved on,
+    and the parameter groups have names that tell over how many ranks the experts are spread.
     """
     names = {"default": "0_default", "fp32": "1_fp32", "experts": f"2_moe_ep_size_{expert_ranks}"}
     norms = {names.get(group, group): norm for group, norm in record.get("grad_norm", {}).items()}
-    shown = [(key, value) for key, value in record.items() if key not in _TOO_LONG]
-    shown = [(key, norms if key == "grad_norm" else value) for key, value in shown]
+    as_printed = {"grad_norm": norms, "lr": record.get("lr_next")}
+    shown = [(key, as_printed.get(key, value)) for key, value in record.items() if key not in _NOT_PRINTED]
     return " ".join(f"{key}={_value_text(key, value)}" for key, value in shown)
 
 
@@ -189,7 +192,7 @@ def _mean(value: float, count: int, empty: float) -> float:
 # Keys that are compared between runs keep every digit.
 _EXACT = {"loss", "moe_loss", "lr", "loss_scale", "adam_beta2", "grad_norm"}
 OF_REPLAY = ("data_crc32", "grad_norm_parameters", "weight_change")  # no curves
-_TOO_LONG = {"grad_norm_layers", *OF_REPLAY}
+_NOT_PRINTED = {"lr_next", "grad_norm_layers", *OF_REPLAY}
 
 
 def _value_text(key: str, value: Any) -> str:

@@ -41,7 +41,7 @@ class Progress:
         Args:
             total: of what is counted; 0: not known yet.
             done: of them before this.
-            unit: what is counted, as in "step"; shown before the numbers.
+            unit: what is counted, as in "steps".
             plain_every: seconds between plain lines; None: none.
         """
         self.console = console
@@ -81,6 +81,8 @@ class Progress:
     def say(self, text: str, style: str = "") -> None:
         """Print ``text`` above the line, to stay."""
         self.console.print(Text(text, style), soft_wrap=True)
+        if self._live.is_started:
+            self._live.refresh()
 
     def stop(self) -> None:
         """Take the line away. May be called again."""
@@ -117,7 +119,7 @@ class Progress:
     def _count(self) -> str:
         if not self._total:
             return ""
-        return f"{self._unit} {self._done:,}/{self._total:,}".strip()
+        return f"{self._done:,}/{self._total:,} {self._unit}".strip()
 
     def _left(self) -> str:
         seconds = self.seconds_left

@@ -10,7 +10,7 @@ import portmoe
 from portmoe.accelerator import Accelerator
 from portmoe.accelerator.discovery import find
 from portmoe.accelerator.preflight import preflight_of
-from portmoe.record.origin import commit
+from portmoe.record.origin import commit, of_report
 
 # Only these are kept, besides those the accelerator's parts name: others may hold secrets.
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTORCH_ALLOC_CONF", "TORCH_DEVICE_BACKEND_AUTOLOAD")
@@ -19,7 +19,9 @@ PACKAGES = ("torch", "numpy", "pydantic", "tensorboard")
 
 def describe(accelerator: Accelerator, world_size: int) -> dict[str, Any]:
     """Versions, machine, device, ranks and the environment variables that steer them; JSON-ready."""
+    made = of_report()
     return {
+        **{key: made[key] for key in ("date", "host", "command")},
         "portmoe": portmoe.__version__,
         "commit": commit(),
         "python": platform.python_version(),

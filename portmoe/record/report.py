@@ -1,15 +1,18 @@
-"""The block a run begins with and the summary it ends with."""
+"""What a run begins with and ends with: in full for train.log, and in a few lines for the terminal."""
 
+import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
-from portmoe.record.writers import METRICS, read_metrics
+from portmoe.record import acceptance
+from portmoe.record.acceptance import Verdict
+from portmoe.record.progress import duration
+from portmoe.record.writers import EVENTS, METRICS, read_metrics
 
-# The benchmark's acceptance on the built-in dummy data: from this step on the loss stays below the limit.
-ACCEPTANCE_STEP = 50
-ACCEPTANCE_LOSS = 0.325
+PLAIN = "reference"  # what every operation's plain implementation is called
+BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)
@@ -17,10 +20,12 @@ class RunFacts:
     """What is known before the first step; the strings are shown as they are."""
 
     config: str  # where the config came from
+    model: str  # layers, hidden size and experts, in words
     backend: str
     device: str
     layout: str
     ranks: str  # host and device of each; a line for each host
+    number_of_ranks: int
     parameters: int
     active_parameters: int  # per token
     dtype: str
@@ -29,6 +34,7 @@ class RunFacts:
     first_step: int
     total_steps: int
     directory: Path
+    origin: str  # what the directory is to this run, see ``RunDirectory.origin``
     operations: Mapping[str, str]  # operation, or operation@site → chosen implementation
     variables: Mapping[str, str]  # of the environment, that steer the run
     notes: Sequence[str] = ()
@@ -44,10 +50,11 @@ def start_block(facts: RunFacts) -> str:
         "backend": f"{facts.backend} ({facts.device})",
         "layout": facts.layout,
         "ranks": facts.ranks.replace("\n", "\n" + 12 * " "),
+        "model": facts.model,
         "parameters": f"{facts.parameters:,} ({active}), {facts.dtype}",
         "batch": f"{facts.global_batch} sequences of {facts.seq_len} = {tokens:,} tokens",
         "steps": f"{facts.total_steps}{resumed}",
-        "run": str(facts.directory),
+        "run": f"{facts.directory}, {facts.origin}",
         "operations": ", ".join(f"{op}={chosen}" for op, chosen in facts.operations.items()),
         "environment": " ".join(f"{name}={value}" for name, value in facts.variables.items()) or "as it is",
     }
@@ -55,7 +62,38 @@ def start_block(facts: RunFacts) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in facts.notes)])
 
 
-def end_summary(directory: Path, seconds: float, dummy_data: bool, reason: str = "finished") -> str:
+def start_lines(facts: RunFacts) -> str:
+    """The same in five short lines, then the notes; keys without effect are named only."""
+    plain = sum(chosen == PLAIN for chosen in facts.operations.values())
+    ranks = f", {facts.number_of_ranks} ranks" if facts.number_of_ranks > 1 else ""
+    tokens = facts.global_batch * facts.seq_len
+    rows = {
+        "model": f"{facts.model}, {_short(facts.parameters)} weights "
+        f"({_short(facts.active_parameters)} active), {facts.dtype}",
+        "device": f"{facts.backend} ({facts.device}){ranks}",
+        "batch": f"{facts.global_batch} × {facts.seq_len} = {tokens:,} tokens, {facts.total_steps:,} steps",
+        "kernels": f"{len(facts.operations)} chosen, {plain} of them plain references (names: ops.json)",
+        "run": f"{facts.directory}, {facts.origin}",
+    }
+    lines = [f"{name:<8} {text}" for name, text in rows.items()]
+    void = [note.partition(" ")[0] for note in facts.notes if " has no effect: " in note]
+    others = [note for note in facts.notes if " has no effect: " not in note]
+    if void:
+        others.append(f"no effect here: {', '.join(void)} (why: train.log)")
+    return "\n".join([*lines, *(f"note: {note}" for note in others)])
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to; the verdict is None where the benchmark's acceptance does not apply."""
+
+    text: str
+    verdict: Verdict | None
+
+
+def end_summary(
+    directory: Path, seconds: float, dummy_data: bool, reason: str = "finished", ranks: int = 1
+) -> Summary:
     """What a run came to, read from its ``metrics.jsonl``, the steps before a resumption included.
 
     Args:
@@ -63,35 +101,81 @@ def end_summary(directory: Path, seconds: float, dummy_data: bool, reason: str =
         seconds: for which this process trained.
         dummy_data: the benchmark's acceptance applies.
         reason: why training ended.
+        ranks: over which the tokens were spread.
     """
-    last, late_losses = None, []
+    losses: dict[int, float | None] = {}
+    last = None
     for last in read_metrics(directory / METRICS):
-        if last["step"] >= ACCEPTANCE_STEP:
-            late_losses.append(last["loss"])
+        losses[last["step"]] = last["loss"]
     if last is None:
-        return f"{reason} before the first step; run directory {directory}"
-    duration = timedelta(seconds=round(seconds))
-    loss = "nan" if last["loss"] is None else last["loss"]
-    all_tgs, late_tgs = last["tgs/tgs_all"], last["tgs/tgs_SMA"]
-    lines = [
-        f"{reason} after step {last['step']} in {duration}: loss {loss}",
-        f"tgs (tokens/gpu/second) {all_tgs:,.1f} over all time, {late_tgs:,.1f} in the last steps",
-    ]
+        return Summary(f"{reason} before the first step; run directory {directory}", None)
+    verdict = None
     if dummy_data:
-        lines.append(_acceptance(late_losses))
-    skipped = last["inf_nan_skip_batches"]
-    if skipped:
-        lines.append(f"{skipped} steps were skipped for inf or nan gradients")
-    lines.append(f"run directory {directory}")
-    return "\n".join(lines)
+        verdict = acceptance.judge([loss for step, loss in losses.items() if step >= acceptance.FIRST_STEP])
+    rows = {
+        reason: f"{len(losses):,} steps made, to step {last['step']}, in {duration(seconds)}",
+        "loss": _curve(list(losses.values())),
+        "speed": _speed(last, ranks),
+        "accepted": verdict.text if verdict else "",
+        "drops": _drops(last),
+        "run": str(directory),
+    }
+    width = max(len("accepted"), *(len(name) for name in rows if name != reason))
+    lines = [f"{reason}: {rows.pop(reason)}"]
+    lines += [f"{name:<{width}} {text}" for name, text in rows.items() if text]
+    lines += [f"{'next' if not row else '':<{width}} {step}" for row, step in enumerate(_next(directory))]
+    return Summary("\n".join(lines), verdict)
 
 
-def _acceptance(late_losses: Sequence[float | None]) -> str:
-    """``None`` stands for a loss that was not finite."""
-    rule = f"loss < {ACCEPTANCE_LOSS} at every step from {ACCEPTANCE_STEP} on"
-    if not late_losses:
-        return f"acceptance ({rule}): not reached, more than {ACCEPTANCE_STEP} steps are needed"
-    failed = [loss for loss in late_losses if loss is None or not loss < ACCEPTANCE_LOSS]
-    if failed:
-        return f"acceptance ({rule}): FAILED at {len(failed)} of {len(late_losses)} steps"
-    return f"acceptance ({rule}): passed, largest {max(late_losses):.4f} of {len(late_losses)} steps"
+def sparkline(values: Sequence[float | None], width: int = 24) -> str:
+    """The course of ``values`` in at most ``width`` characters; what is not finite is a blank."""
+    bins = min(width, len(values))
+    means = []
+    for number in range(bins):
+        part = values[number * len(values) // bins : (number + 1) * len(values) // bins]
+        finite = [value for value in part if value is not None and math.isfinite(value)]
+        means.append(sum(finite) / len(finite) if finite else None)
+    known = [mean for mean in means if mean is not None]
+    low, span = min(known, default=0.0), max(known, default=0.0) - min(known, default=0.0)
+    top = len(BLOCKS) - 1
+    return "".join(
+        " " if mean is None else BLOCKS[round((mean - low) / span * top) if span else 0] for mean in means
+    )
+
+
+def _curve(losses: Sequence[float | None]) -> str:
+    first, last = ("nan" if loss is None else f"{loss:.4f}" for loss in (losses[0], losses[-1]))
+    return f"{first} → {last}  {sparkline(losses)}"
+
+
+def _speed(last: Mapping[str, float], ranks: int) -> str:
+    each = f" ({last['tgs/tgs_all']:,.1f} each of {ranks} ranks)" if ranks > 1 else ""
+    return (
+        f"{last['tgs/tgs_all'] * ranks:,.1f} tok/s over all time{each}, "
+        f"{last['tgs/tgs_SMA'] * ranks:,.1f} in the last steps"
+    )
+
+
+def _drops(last: Mapping[str, float | None]) -> str:
+    dropped, skipped = last.get("dropped_token_rate"), last["inf_nan_skip_batches"]
+    told = [] if dropped is None else [f"{dropped:.2%} of the assignments to experts in the last step"]
+    told += [f"{skipped} steps were skipped for inf or nan gradients"] if skipped else []
+    return "; ".join(told)
+
+
+def _next(directory: Path) -> list[str]:
+    """Commands that make sense now, with the real paths."""
+    path = shlex.quote(str(directory))
+    return [
+        f"tensorboard --logdir {path}/{EVENTS}",
+        f"portmoe compare {path} OTHER_RUN --out compare.html",
+        "portmoe runs",
+    ]
+
+
+def _short(count: int) -> str:
+    """As "11.9 B"."""
+    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return str(count)

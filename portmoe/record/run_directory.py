@@ -1,16 +1,20 @@
 """Where a run lives: choosing the directory, holding it, and the files written once.
 
 A run directory holds ``config.yaml`` (resolved), ``environment.json``, ``ops.json``,
-``metrics.jsonl``, its ``chain.jsonl``, ``train.log`` and ``checkpoints/``; ``status.json`` says whether
-the run is finished, and ``.lock`` is held by rank 0 for as long as the run lives.
+``metrics.jsonl``, its ``chain.jsonl``, ``train.log`` and ``checkpoints/``; ``status.json`` says how far the
+run is: running, finished, stopped (by a signal, its state saved where that is enabled), aborted (by a second
+Ctrl-C), diverged or failed. ``.lock`` is held by rank 0 for as long as the run lives: a run that is "running"
+and not held was killed.
 """
 
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from portmoe.checkpoint.folder import complete_steps
@@ -28,15 +32,23 @@ CONFIG, STATUS, ENVIRONMENT = "config.yaml", "status.json", "environment.json"
 Data = Mapping[str, Mapping[str, Any]]  # split → what its data is, see ``data.fingerprint``
 
 
+AGAIN = "the same command again goes on with it"
+
+
 @dataclass
 class RunDirectory:
-    """One run's directory. Every rank has the paths; rank 0 writes and holds the lock."""
+    """One run's directory. Every rank has the paths; rank 0 writes and holds the lock.
+
+    As a context it is closed on leaving; where that is by an error, the status says so.
+    """
 
     path: Path
     checkpoints: Path
     resuming: bool  # it holds checkpoints of this run, and ckpt.auto_resume is on
     former: Config | None = None  # of the run that was here before
+    origin: str = ""  # in words, why this directory; known on rank 0
     _lock: Lock | None = None
+    _ended: bool = False
 
     @classmethod
     def open(
@@ -45,8 +57,8 @@ class RunDirectory:
         """Choose and hold the directory; rank 0 looks, all ranks get the outcome.
 
         ``run.directory`` is taken if given, and continued if it holds this run. Without it the
-        directory is the first of ``runs/<config_name>``, ``…-2``, ``…-3`` that is free or holds an
-        unfinished, unlocked run of the same config to continue.
+        directory is the first of ``runs/<run.name or config_name>``, ``…-2``, ``…-3`` that is free or holds
+        an unfinished, unlocked run of the same config to continue.
 
         Args:
             data: what the run trains on.
@@ -82,8 +94,20 @@ class RunDirectory:
         self.write(name, json_text(content, indent=2) + "\n")
 
     def end(self, state: str) -> None:
-        """Note how the run ended: finished, stopped or diverged."""
+        """Note how the run ended: finished, stopped, aborted, diverged or failed."""
+        self._ended = True
         self.write_json(STATUS, {"state": state})
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and not self._ended:
+            with suppress(PortmoeError):  # the disk may be what failed
+                self.end("aborted" if issubclass(kind, KeyboardInterrupt) else "failed")
+        self.close()
 
     def close(self) -> None:
         """Let another run have the directory."""
@@ -111,8 +135,8 @@ def _choose(config: Config, config_name: str, data: Data) -> RunDirectory:
         except BaseException:
             lock.release()
             raise
-    stem = re.sub(r"[^\w.\-]+", "_", config_name) or "run"
-    number = 0
+    stem = re.sub(r"[^\w.\-]+", "_", config.run.name or config_name) or "run"
+    number, why = 0, ""
     while True:
         number += 1
         path = RUNS / (stem if number == 1 else f"{stem}-{number}")
@@ -120,10 +144,15 @@ def _choose(config: Config, config_name: str, data: Data) -> RunDirectory:
             continue
         try:
             lock = _hold(path)
-        except InUse:
+        except InUse as holder:
+            why = f"; {path} is in use by {holder}"
             continue
-        if _is_free(path, config, data):
-            return _enter(path, lock, config, data)
+        taken = _taken(path, config, data)
+        if taken is None:
+            run = _enter(path, lock, config, data)
+            run.origin += why
+            return run
+        why = f"; {path} {taken}"
         lock.release()
 
 
@@ -146,18 +175,20 @@ def _hold(path: Path) -> Lock:
         raise _unusable(path, error) from error
 
 
-def _is_free(path: Path, config: Config, data: Data) -> bool:
-    """Nothing would be lost: no run has made a step here, or an unfinished one of this config goes on."""
+def _taken(path: Path, config: Config, data: Data) -> str | None:
+    """Why a run cannot go on or begin here without losing what is there; None where it can."""
     if not _has_history(path):
-        return True
+        return None
     former = _former_config(path)
-    return (
-        former is not None
-        and first_difference(former, config, *_compared(path, config, data)) is None
-        and not _finished(path)
-        and config.ckpt.auto_resume
-        and bool(complete_steps(checkpoints_of(path, config)))
-    )
+    if former is None:
+        return "holds a run without a config that can be read"
+    if difference := first_difference(former, config, *_compared(path, config, data)):
+        return f"differs in {difference[0]}"
+    if _finished(path):
+        return "is finished"
+    if not config.ckpt.auto_resume:
+        return "is not continued: ckpt.auto_resume is false"
+    return None if complete_steps(checkpoints_of(path, config)) else "has no checkpoint to go on from"
 
 
 def _enter(path: Path, lock: Lock, config: Config, data: Data) -> RunDirectory:
@@ -171,7 +202,8 @@ def _enter(path: Path, lock: Lock, config: Config, data: Data) -> RunDirectory:
             f"ckpt.auto_resume=false, but {str(checkpoints)!r} holds checkpoints of a former run; set "
             "ckpt.auto_resume to true to continue it, or choose another run.directory"
         )
-    run = RunDirectory(path, checkpoints, saved, _former_config(path) if saved else None, lock)
+    origin = "continued" if saved else f"new: {AGAIN if config.ckpt.enable_save_ckpt else 'nothing is saved'}"
+    run = RunDirectory(path, checkpoints, saved, _former_config(path) if saved else None, origin, lock)
     run.write(CONFIG, dump_config(config))
     if config.ckpt.saves and checkpoints.parent != path:  # say whose they are there too
         checkpoints.mkdir(parents=True, exist_ok=True)

@@ -1,63 +1,127 @@
 """One run on one rank, from a config to a finished run directory."""
 
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from signal import Signals
+from typing import Any
 
+from portmoe.accelerator.discovery import AUTO
 from portmoe.checkpoint.store import complete_steps
 from portmoe.config import Config
+from portmoe.config.checks import of_the_data
+from portmoe.config.read import config_name as name_of
+from portmoe.config.read import load_config
 from portmoe.costs.flops import benchmark_flops_per_token, model_flops_per_token
 from portmoe.costs.parameters import count_parameters
 from portmoe.costs.step_cost import step_cost
-from portmoe.errors import TrainingError
+from portmoe.errors import ConfigError, TrainingError
 from portmoe.launch.placement import gather_places, placement
 from portmoe.model.precision import compute_dtype
 from portmoe.parallel.workload import share_of
 from portmoe.profiling.profile import FOLDER, StepProfile
 from portmoe.profiling.spans import mark_modules
 from portmoe.record import provenance
-from portmoe.record.report import RunFacts, end_summary, start_block
+from portmoe.record.acceptance import applies, out_of_reach
+from portmoe.record.report import RunFacts, end_summary, start_block, start_lines
+from portmoe.record.results import read_metrics
+from portmoe.record.terminal import terminal
 from portmoe.record.throughput import Throughput
 from portmoe.training.session import Session, open_session
 from portmoe.training.trainer import Ending, Trainer
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        directory: of the run.
+        signal: what asked it to stop before its last step; None: it is complete.
+        accepted: whether the benchmark accepts it; None: its acceptance does not apply, or the run was too
+            short for it. Known on rank 0.
+    """
+
+    directory: Path
+    signal: Signals | None
+    accepted: bool | None
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The record of every step so far, those of former starts included, see ``read_metrics``."""
+        return read_metrics(self.directory)
+
+
 def train(
-    config: Config, config_name: str, backend: str, launcher: str, profile: bool = False
-) -> Signals | None:
-    """Train ``config`` as the rank this process is.
+    config: Config | str | Path,
+    config_name: str | None = None,
+    backend: str = AUTO,
+    launcher: str = "auto",
+    profile: bool = False,
+) -> Outcome:
+    """Train ``config`` as the rank this process is; collective over all ranks.
 
-    With ``profile`` a few steps are traced; see ``profiling.profile``.
+    Args:
+        config: or the path of a file, or a packaged name.
+        config_name: what the run directory is called without ``run.directory`` and ``run.name``; by default
+            the name of the file, else "run".
+        backend: the accelerator; "auto": the best that can be used here.
+        launcher: who started the ranks, see ``launch.ranks.detect``.
+        profile: trace a few steps, see ``profiling.profile``.
 
-    Returns None when the run is complete, or the signal that asked it to stop, once its state is saved.
+    Returns once the run is complete, or stopped by a signal and saved.
 
     Raises:
         PortmoeError: anything a user, the machine or another rank can cause.
         TrainingError: also where the run has diverged.
+        KeyboardInterrupt: a second Ctrl-C.
     """
-    with open_session(config, config_name, backend, launcher, profile) as session:
-        machine = session.machine
-        places = gather_places(machine.ranks, machine.device, session.world)
-        session.writers.note(start_block(_facts(session, placement(places))))
-        began = time.perf_counter()
-        ending = Trainer(session, _profile(session) if profile else None).fit(throughput_of(session))
-        state, reason = _told(ending, config)
-        session.run.end(state)
-        if machine.ranks.rank == 0:
-            session.writers.conclude(
-                end_summary(
-                    session.run.path,
-                    time.perf_counter() - began,
-                    dummy_data=config.data.train_folder is None,
-                    reason=reason,
-                )
-            )
+    if not isinstance(config, Config):
+        config, config_name = load_config(config), config_name or name_of(config)
+    if problems := list(of_the_data(config)):
+        raise ConfigError(problems[0])
+    session = None
+    try:
+        with open_session(config, config_name or "run", backend, launcher, profile) as session:
+            ending, accepted = _trained(session, profile)
+    except KeyboardInterrupt:
+        if session and session.machine.ranks.rank == 0:
+            terminal().print(_aborted(session))
+        raise
     if ending.diverged:
         kept = complete_steps(session.run.checkpoints)
         raise TrainingError(
             f"the run diverged: {ending.diverged}. Lower adam.lr or look at the data of that step; "
             f"{f'the last good checkpoint is that of step {kept[-1]}' if kept else 'there is no checkpoint'}"
         )
-    return ending.signal
+    return Outcome(session.run.path, ending.signal, accepted)
+
+
+def _trained(session: Session, profile: bool) -> tuple[Ending, bool | None]:
+    """Make the steps; how they ended and, on rank 0, whether the benchmark accepts the run."""
+    config, machine = session.config, session.machine
+    places = gather_places(machine.ranks, machine.device, session.world)
+    facts = _facts(session, placement(places))
+    session.writers.begin(start_block(facts), start_lines(facts))
+    began = time.perf_counter()
+    ending = Trainer(session, _profile(session) if profile else None).fit(throughput_of(session))
+    state, reason = _told(ending, config)
+    session.run.end(state)
+    if machine.ranks.rank:
+        return ending, None
+    seconds = time.perf_counter() - began
+    summary = end_summary(session.run.path, seconds, applies(config), reason, machine.layout.world)
+    session.writers.conclude(summary.text)
+    return ending, summary.verdict and summary.verdict.accepted
+
+
+def _aborted(session: Session) -> str:
+    """What is left of a run that was not let finish its step."""
+    kept = complete_steps(session.run.checkpoints)
+    if not kept:
+        return f"aborted: nothing was saved; run directory {session.run.path}"
+    where = session.run.checkpoints
+    return f"aborted: the same command goes on from the checkpoint of step {kept[-1]} in {where}"
 
 
 def throughput_of(session: Session) -> Throughput:
@@ -88,13 +152,17 @@ def _profile(session: Session) -> StepProfile | None:
 
 def _facts(session: Session, ranks: str) -> RunFacts:
     config, machine = session.config, session.machine
-    parameters = count_parameters(config)
+    parameters, model = count_parameters(config), config.architecture
+    networks = sorted({f"{layer.count} experts top {layer.gate.top_k}" for layer in model.expert_layers})
+    done = session.progress.step
     return RunFacts(
         config=session.config_name,
+        model=f"{len(model.layers)} layers of {model.hidden}, {' or '.join(networks) or 'dense'}",
         backend=machine.accelerator.name,
         device=machine.accelerator.device.name(),
         layout=str(machine.layout),
         ranks=ranks,
+        number_of_ranks=machine.layout.world,
         parameters=parameters.total,
         active_parameters=parameters.active,
         dtype=config.model.dtype,
@@ -103,9 +171,10 @@ def _facts(session: Session, ranks: str) -> RunFacts:
         first_step=session.progress.step,
         total_steps=config.data.total_steps,
         directory=session.run.path,
+        origin=f"continued at step {done}" if done and session.run.resuming else session.run.origin,
         operations={choice.key: choice.chosen for choice in session.ops.choices if choice.chosen},
         variables=provenance.variables(machine.accelerator),
-        notes=session.notes,
+        notes=(*session.notes, *filter(None, [out_of_reach(config)])),
     )
 
 

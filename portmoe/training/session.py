@@ -1,10 +1,11 @@
 """What one rank of a run holds, opened from the device upwards and closed the other way round."""
 
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from signal import Signals
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ def _opened(
     accelerator, ranks, layout, device = machine.accelerator, machine.ranks, machine.layout, machine.device
     accelerator.device.seed(config.run.seed)
     run = RunDirectory.open(config, config_name, data, ranks.rank, _broadcast)
-    stack.callback(run.close)
+    stack.push(run)
     interrupt = stack.enter_context(Interrupt())
     notes = [*default_model(config), *no_effect_notes(config)]
     if run.warning:
@@ -153,14 +154,19 @@ def _opened(
     writers = Writers(
         run.path,
         config.data.total_steps,
-        sys.stdout.isatty(),
         config.monitor.tensorboard.queue_max_length,
         first_step=progress.step,
+        ranks=layout.world,
         expert_ranks=layout.expert,
+        style=config.log.terminal,
+        plain_every=config.log.every,
         enabled=ranks.rank == 0,
     )
     checkpointer.on_whole = writers.checkpoint
     stack.callback(writers.close)
+    interrupt.told = partial(_tell, config, writers)
+    if interrupt.received:  # while all this was opened
+        interrupt.told(interrupt.received)
     splits = ("train", "valid") if config.data.valid_every else ("train",)
     streams = {
         split: stack.enter_context(
@@ -187,6 +193,13 @@ def _opened(
         interrupt=interrupt,
         notes=tuple(notes),
     )
+
+
+def _tell(config: Config, writers: Writers, received: Signals) -> None:
+    """Answer a signal at once, from whatever thread it is noticed in."""
+    saves = config.ckpt.enable_save_ckpt
+    doing = "finishing this step and saving" if saves else "finishing this step; nothing is saved"
+    writers.say(f"{received.name}: {doing}{'; Ctrl-C again to abort' * (received is Signals.SIGINT)}")
 
 
 def _broadcast(value: Any) -> Any:

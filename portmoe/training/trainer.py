@@ -6,16 +6,19 @@ from dataclasses import asdict, dataclass, replace
 from signal import Signals
 from typing import Any
 
+from portmoe.checkpoint.folder import folder_of
 from portmoe.config.sections.data import parse_step_ranges
 from portmoe.errors import TrainingError
 from portmoe.families.registry import families
 from portmoe.profiling.profile import StepProfile
 from portmoe.profiling.spans import WAITING, span
+from portmoe.record.busy_cores import BusyCores
 from portmoe.record.log_line import StepResult, StepTotals, step_record
 from portmoe.record.throughput import Throughput
 from portmoe.training import hub
 from portmoe.training.divergence import Divergence
 from portmoe.training.engine import StepOutcome
+from portmoe.training.schedule import learning_rate
 from portmoe.training.session import Session
 from portmoe.training.validation import validate
 
@@ -56,6 +59,7 @@ class Trainer:
         # A run that goes on does so from a checkpoint of its own.
         self._saved_at = self.progress.step if session.run.resuming else None
         self._divergence = Divergence(self._config)
+        self._cores = BusyCores() if self._accelerator.device.shared else None
         self._validated_to = self.progress.step  # the validations due before this step are made
 
     def fit(self, throughput: Throughput) -> Ending:
@@ -134,6 +138,8 @@ class Trainer:
             update = outcome.update
             result = replace(result, parameter_grad_norms=update.gradients, weight_changes=update.changes)
         self._session.writers.step(step_record(result, speed), self._validate(step))
+        if self._cores and (busy := self._cores.look()):
+            self._session.writers.note(busy)
         return totals.stop_signal
 
     def _result(self, step: int, outcome: StepOutcome, totals: StepTotals, seconds: float) -> StepResult:
@@ -144,6 +150,7 @@ class Trainer:
             grad_norms=outcome.gradient_norms,
             layer_grad_norms=outcome.layer_gradient_norms,
             learning_rate=outcome.learning_rate,
+            next_learning_rate=learning_rate(self._config, step + 1),
             beta2=outcome.beta2,
             loss_scale=outcome.loss_scale,
             skipped_steps=self._engine.loss_scale.skipped_steps,
@@ -181,6 +188,8 @@ class Trainer:
             tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
         self._checkpointer.save(self.progress.step, tensors, state)
         self._saved_at = self.progress.step
+        folder = folder_of(self._checkpointer.folder, self.progress.step)
+        self._session.writers.note(f"checkpoint of {self.progress.step} steps: {folder}")
         self._tell_problems()
 
     def _export(self, name: str) -> None:

@@ -47,12 +47,13 @@ def test_the_benchmarks_config_is_the_packaged_one():
         "ckpt.save_ckpt_folder": "checkpoints/7b",  # the packaged config leaves folders to the run
         "ckpt.load_ckpt_folder": "checkpoints/7b_moe_train/",
         "ckpt.async_upload_tmp_folder": "/dev/shm/7b_moe_train",
-        "lr_scheduler.total_steps": 50,  # null there: data.total_steps, which is 50
+        "data.total_steps": 50,  # the published log is of 200
+        "lr_scheduler.total_steps": 50,  # null there: data.total_steps
         "beta2_scheduler.init_beta2": 0.95,  # null there: adam.adam_beta2
         "beta2_scheduler.c": 0,
         "model.dtype": "torch.bfloat16",  # the other spelling
     }
-    assert packaged["data.total_steps"] == 50
+    assert packaged["data.total_steps"] == 200
     assert packaged["adam.adam_beta2"] == 0.95
     explicit = set(dict(leaves(yaml.safe_load((ROOT / "configs" / "7b_moe4.yaml").read_text()))))
     missing = explicit - imported.keys()

@@ -2,7 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
+import zlib
 
 import pytest
 
@@ -73,3 +77,26 @@ def test_other_threads_may_enter_without_handlers():
     thread.join()
     assert problems == []
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_first_signal_is_told_at_once_while_the_main_thread_computes():
+    """Python's own handlers wait for such a call to end; it is a thread that answers."""
+    told = []
+    with Interrupt() as interrupt:
+        interrupt.told = lambda number: told.append(time.monotonic())
+        code = f"import os; os.kill({os.getpid()}, {signal.SIGTERM.value})"
+        with subprocess.Popen([sys.executable, "-c", code]):
+            zlib.compress(os.urandom(60_000_000), 9)
+            ended = time.monotonic()
+        assert interrupt.received is signal.SIGTERM
+    assert told[0] < ended - 0.2
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_signal_is_told_once():
+    told = []
+    with Interrupt() as interrupt:
+        interrupt.told = told.append
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert told == [signal.SIGTERM]

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from portmoe import load_config
 from portmoe.record.flat import as_now, flat
 from portmoe.record.log_line import StepResult, perplexity, step_record, to_json, to_text
 from portmoe.record.throughput import Speed
+from portmoe.training.schedule import learning_rate
 
 BENCHMARK_KEYS = [
     *("tflops", "step", "loss", "real_tgs", "tgs (tokens/gpu/second)", "tgs/last_tgs_1", "tgs/tgs_all"),
@@ -21,7 +23,7 @@ BENCHMARK_KEYS = [
 ]
 OWN_KEYS = [
     *("model_tflops", "mfu", "dropped_token_rate", "expert_load", "grad_norm_layers", "step_time"),
-    *("peak_memory", "data_crc32", "grad_norm_parameters", "weight_change"),
+    *("lr_next", "peak_memory", "data_crc32", "grad_norm_parameters", "weight_change"),
 ]
 
 
@@ -56,7 +58,8 @@ def record(step_totals=None, step_speed=None, **changes):
         "moe_loss": 3.296875,
         "grad_norms": {"default": 1.45, "fp32": 5.75, "experts": 0.138},
         "layer_grad_norms": {"default": [1.0, 0.2, 1.05], "experts": [0.0, 0.1, 0.138]},
-        "learning_rate": 8.75e-05,
+        "learning_rate": 8.79e-05,
+        "next_learning_rate": 8.75e-05,
         "beta2": 0.95,
         "loss_scale": 65536.0,
         "skipped_steps": 3,
@@ -94,6 +97,18 @@ def test_the_text_has_every_key_once_in_order_with_the_benchmarks_spelling_of_va
     ):
         assert part in text
     assert "\n" not in text
+
+
+def test_the_rate_is_printed_after_the_schedule_moved_on_and_kept_as_it_was_used():
+    """As the benchmark's log does: its line of step 49 of 200 with 2 warm-up steps."""
+    config = load_config("7b_moe4")
+    assert (config.data.total_steps, int(200 * config.lr_scheduler.warmup_ratio)) == (200, 2)
+    rates = {"learning_rate": learning_rate(config, 49), "next_learning_rate": learning_rate(config, 50)}
+    line = to_text(record(**rates), 4)
+    published = re.search(r" lr=(\S+) ", line)[1]
+    assert float(published) == pytest.approx(8.756803171472813e-05, rel=1e-14)
+    kept = strictly(to_json(record(**rates)))
+    assert kept["lr"] == rates["learning_rate"] > kept["lr_next"] == rates["next_learning_rate"]
 
 
 def test_norms_by_layer_are_for_programs_only():

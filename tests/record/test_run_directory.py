@@ -237,3 +237,51 @@ def test_where_the_data_is_not_known_its_keys_decide(tmp_path):
     (path / "environment.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"data\.num_samples=7, and this config has data\.num_samples=8"):
         open_run(config(run=here, data={"num_samples": 8}))
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [(TrainingError("full"), "failed"), (KeyboardInterrupt(), "aborted"), (None, "running")],
+)
+def test_the_status_is_true_after_any_end_that_can_be_caught(error, state):
+    run = open_run(config())
+    try:
+        with run:
+            if error:
+                raise error
+    except (TrainingError, KeyboardInterrupt):
+        pass
+    assert json.loads((run.path / "status.json").read_text()) == {"state": state}
+    open_run(config(run={"directory": str(run.path)})).close()  # the lock is free
+
+
+def test_what_it_had_ended_in_stays_where_something_fails_after_that():
+    run = open_run(config())
+    run.end("finished")
+    run.__exit__(TrainingError, TrainingError("the summary cannot be written"), None)
+    assert json.loads((run.path / "status.json").read_text()) == {"state": "finished"}
+
+
+def test_a_run_says_why_it_is_where_it_is():
+    first = open_run(config())
+    assert first.origin == "new: nothing is saved"
+    make_step(first)
+    first.end("finished")
+    first.close()
+    saving = {"ckpt": {"enable_save_ckpt": True}}
+    second = open_run(config(**saving))
+    assert second.origin == "new: the same command again goes on with it; runs/tiny is finished"
+    make_step(second)
+    make_checkpoint(second.checkpoints, 1)
+    second.close()
+    third = open_run(config(**saving))
+    assert third.origin == "continued; runs/tiny is finished"
+    other = open_run(config(adam={"lr": 1e-3}))
+    assert other.origin == "new: nothing is saved; runs/tiny-2 is in use by another run"
+    third.close()
+
+
+def test_a_name_takes_the_place_of_the_configs():
+    run = open_run(config(run={"name": "my try/1"}))
+    assert str(run.path) == "runs/my_try_1"
+    run.close()

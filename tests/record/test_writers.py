@@ -17,7 +17,6 @@ import pytest
 from portmoe.errors import TrainingError
 from portmoe.record.console import Console
 from portmoe.record.flat import flat
-from portmoe.record.report import RunFacts, end_summary, start_block
 from portmoe.record.writers import Writers, drop_steps_from, read_metrics
 
 
@@ -35,9 +34,9 @@ def record(step, loss=1.0):
     }
 
 
-def write(directory, steps, first_step=0, terminal=False, queue=10, **options):
+def write(directory, steps, first_step=0, queue=10, **options):
     stream = io.StringIO()
-    writers = Writers(directory, 60, terminal, queue, first_step=first_step, stream=stream, **options)
+    writers = Writers(directory, 60, queue, first_step=first_step, style="full", stream=stream, **options)
     for step in steps:
         writers.step(record(step, loss=1 / (step + 1)))
     writers.close()
@@ -62,7 +61,7 @@ def test_one_object_and_one_line_per_step(tmp_path):
 
 
 def test_a_step_is_on_disk_before_the_next_begins(tmp_path):
-    writers = Writers(tmp_path, 60, False, 10, stream=io.StringIO())
+    writers = Writers(tmp_path, 60, 10, stream=io.StringIO())
     writers.step(record(0))
     assert steps_of(tmp_path) == [0]
     assert "step=0" in (tmp_path / "train.log").read_text()
@@ -70,7 +69,7 @@ def test_a_step_is_on_disk_before_the_next_begins(tmp_path):
 
 
 def test_validation_is_part_of_its_steps_object(tmp_path):
-    writers = Writers(tmp_path, 60, False, 10, stream=io.StringIO())
+    writers = Writers(tmp_path, 60, 10, stream=io.StringIO())
     writers.step(record(0), {"valid_loss": math.nan, "valid_acc": 0.5})
     writers.close()
     (step,) = read_metrics(tmp_path / "metrics.jsonl")
@@ -84,7 +83,7 @@ def test_other_ranks_write_nothing(tmp_path):
 
 def test_notes_go_to_console_and_log(tmp_path):
     stream = io.StringIO()
-    writers = Writers(tmp_path, 60, False, 10, stream=stream)
+    writers = Writers(tmp_path, 60, 10, stream=stream)
     writers.note("two\nlines")
     writers.close()
     assert stream.getvalue() == "two\nlines\n"
@@ -93,9 +92,9 @@ def test_notes_go_to_console_and_log(tmp_path):
     assert not (tmp_path / "tensorboard").exists()
 
 
-def test_the_conclusion_stands_last_below_the_progress_line(tmp_path):
+def test_the_conclusion_stands_last(tmp_path):
     stream = io.StringIO()
-    writers = Writers(tmp_path, 1, True, 10, stream=stream)
+    writers = Writers(tmp_path, 1, 10, stream=stream)
     writers.step(record(0))
     writers.conclude("all is well")
     writers.close()
@@ -135,7 +134,7 @@ def file_size_limit(size):
 
 
 def test_a_disk_that_fills_up_is_an_error_with_path_and_fix_and_can_be_resumed(tmp_path):
-    writers = Writers(tmp_path, 60, False, 1000, stream=io.StringIO())
+    writers = Writers(tmp_path, 60, 1000, stream=io.StringIO())
     message = r"cannot write .*metrics\.jsonl.*run\.directory"
     steps = iter(range(60))
     with file_size_limit(500), pytest.raises(TrainingError, match=message):
@@ -155,7 +154,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path, name):
         (tmp_path / name).symlink_to("/dev/full")
     else:
         (tmp_path / name).write_text("a file where a folder is wanted")
-    writers = Writers(tmp_path, 60, False, 1, stream=io.StringIO())
+    writers = Writers(tmp_path, 60, 1, stream=io.StringIO())
     with pytest.raises(TrainingError, match=f"cannot write .*{name}"):
         writers.step(record(0))
     if name == "train.log":
@@ -164,7 +163,10 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path, name):
 
 def test_a_missing_run_directory_is_named(tmp_path):
     with pytest.raises(TrainingError, match=r"cannot write .*nowhere.*No such file"):
-        Writers(tmp_path / "nowhere", 60, False, 10, stream=io.StringIO())
+        Writers(tmp_path / "nowhere", 60, 10, stream=io.StringIO())
+
+
+LOSS = "0 overview/loss"
 
 
 def events_of(directory):
@@ -178,7 +180,7 @@ def events_of(directory):
 def test_tensorboard_reads_the_scalars(tmp_path):
     write(tmp_path, range(4))
     events = events_of(tmp_path)
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+    assert [(event.step, event.value) for event in events.Scalars(LOSS)] == [
         (0, 1.0),
         (1, 0.5),
         (2, pytest.approx(1 / 3)),
@@ -189,12 +191,32 @@ def test_tensorboard_reads_the_scalars(tmp_path):
     assert not {"mfu", "loss/cn", "step"} & set(events.Tags()["scalars"])
 
 
+def test_tensorboard_opens_on_what_a_run_is_looked_at_for_and_shows_no_empty_chart(tmp_path):
+    shown = record(0) | {
+        "tgs (tokens/gpu/second)": 100.0,
+        "tgs/last_tgs_50": 0.0,
+        "lr": 1e-3,
+        "lr_next": 1e-4,
+        **{f"{what}/{name}": float(name == "en") for what in ("acc", "tokens") for name in ("en", "cn")},
+        "grad_norm_layers": {"experts": {"embedding": 0.0, "0": 0.5}},
+    }
+    writers = Writers(tmp_path, 60, 10, stream=io.StringIO())
+    writers.step(shown)
+    writers.close()
+    tags = events_of(tmp_path).Tags()["scalars"]
+    first = [tag for tag in sorted(tags) if tag.startswith(sorted(tags)[0].partition("/")[0])]
+    assert first == [f"0 overview/{name}" for name in ("grad_norm", "loss", "lr", "tokens per second")]
+    assert {"acc/en", "tokens/en", "grad_norm_layers/experts/0", "tgs/tgs_SMA"} <= set(tags)
+    empty = {"acc/cn", "tokens/cn", "grad_norm_layers/experts/embedding", "tgs/last_tgs_50", "lr_next"}
+    assert not empty & set(tags)
+
+
 def test_tensorboard_forgets_the_steps_that_are_done_again(tmp_path, monkeypatch):
     write(tmp_path, range(8))
     # Event files are read in the order of their names, which hold the second of their creation.
     monkeypatch.setattr("time.time", lambda now=time.time: now() + 5)
     write(tmp_path, range(5, 7), first_step=5)
-    assert [event.step for event in events_of(tmp_path).Scalars("loss")] == list(range(7))
+    assert [event.step for event in events_of(tmp_path).Scalars(LOSS)] == list(range(7))
 
 
 @pytest.mark.parametrize("by", [0, -3600, 3600])
@@ -203,25 +225,25 @@ def test_tensorboard_shows_all_steps_whatever_the_clock_did(tmp_path, monkeypatc
     for start in (4, 6):  # each resumption an hour off the one before
         monkeypatch.setattr("time.time", lambda now=time.time: now() + by)
         write(tmp_path, range(start, start + 3), first_step=start)
-    assert [event.step for event in events_of(tmp_path).Scalars("loss")] == list(range(9))
+    assert [event.step for event in events_of(tmp_path).Scalars(LOSS)] == list(range(9))
 
 
 def test_events_are_held_back_up_to_the_queue_length(tmp_path):
-    writers = Writers(tmp_path, 60, False, 3, stream=io.StringIO())
+    writers = Writers(tmp_path, 60, 3, stream=io.StringIO())
     counts = []
     for step in range(4):
         writers.step(record(step))
-        seen = (tmp_path / "tensorboard").exists() and events_of(tmp_path).Scalars("loss")
+        seen = (tmp_path / "tensorboard").exists() and events_of(tmp_path).Scalars(LOSS)
         counts.append(len(seen or []))
     assert counts == [0, 0, 3, 3]
     writers.close()
-    assert len(events_of(tmp_path).Scalars("loss")) == 4
+    assert len(events_of(tmp_path).Scalars(LOSS)) == 4
 
 
 def test_tensorboard_is_not_imported_before_events_are_due(tmp_path):
     code = (
         "import sys; from pathlib import Path; from portmoe.record.writers import Writers\n"
-        f"writers = Writers(Path({str(tmp_path)!r}), 60, False, 2)\n"
+        f"writers = Writers(Path({str(tmp_path)!r}), 60, 2)\n"
         "writers.step({'step': 0, 'loss': 1.0})\n"
         "print(sorted({'tensorboard', 'torch'} & set(sys.modules)))"
     )
@@ -237,61 +259,10 @@ def test_training_goes_on_with_a_note_where_tensorboard_is_broken(tmp_path, monk
     assert steps_of(tmp_path) == list(range(5))
 
 
-def on_screen(written):
-    """What a terminal shows after ``written``: "\\r" and the escape code that erases a line are obeyed."""
-    lines = [""]
-    for piece in written.replace("\r\x1b[K", "\x00").replace("\n", "\x00\n").split("\x00"):
-        if piece.startswith("\n"):
-            lines.append(piece[1:])
-        else:
-            lines[-1] = piece
-    return lines
-
-
-class TestProgressLine:
-    def console(self, clock, total=40):
-        stream = io.StringIO()
-        return Console(stream, True, total, clock), stream
-
-    def test_is_redrawn_in_place_with_time_left(self, monkeypatch):
-        monkeypatch.setenv("COLUMNS", "100")
-        ticks = iter([0.0, 10.0, 14.0])
-        console, stream = self.console(lambda: next(ticks))
-        console.step(record(0), "not shown")
-        # 39 steps are left at 10 s each, then 38 at 7 s each.
-        assert on_screen(stream.getvalue()) == [f"[{' ' * 20}] step 1/40  loss 1.0000  tgs 100  ETA 0:06:30"]
-        console.step(record(1, 0.25), "not shown")
-        assert on_screen(stream.getvalue()) == [f"[={' ' * 19}] step 2/40  loss 0.2500  tgs 100  ETA 0:04:26"]
-
-    def test_stays_below_notes(self, monkeypatch):
-        monkeypatch.setenv("COLUMNS", "100")
-        console, stream = self.console(lambda: 0.0)
-        console.note("at the start")
-        console.step(record(19), "not shown")
-        console.note("first\nsecond")
-        console.step(record(39), "not shown")
-        console.close()
-        console.note("at the end")
-        assert on_screen(stream.getvalue()) == [
-            "at the start",
-            "first",
-            "second",
-            f"[{'=' * 20}] step 40/40  loss 1.0000  tgs 100  ETA 0:00:00",
-            "at the end",
-            "",
-        ]
-
-    def test_never_reaches_the_edge_of_the_terminal(self, monkeypatch):
-        monkeypatch.setenv("COLUMNS", "30")
-        console, stream = self.console(lambda: 0.0)
-        console.step(record(0), "not shown")
-        assert [len(line) for line in on_screen(stream.getvalue())] == [29]
-
-
 def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
     code = (
         "from pathlib import Path; from portmoe.record.writers import Writers\n"
-        f"writers = Writers(Path({str(tmp_path)!r}), 60, False, 100)\n"
+        f"writers = Writers(Path({str(tmp_path)!r}), 60, 100)\n"
         "for step in range(50): writers.step({'step': step, 'loss': 1.0})\n"
         "print('end')"
     )
@@ -303,70 +274,8 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
     assert steps_of(tmp_path) == list(range(50))
 
 
-def test_text_the_console_cannot_show_is_replaced(tmp_path):
+def test_text_the_console_cannot_show_is_replaced():
     raw = io.BytesIO()
-    console = Console(io.TextIOWrapper(raw, encoding="ascii"), False, 10)
+    console = Console(io.TextIOWrapper(raw, encoding="ascii"), 10)
     console.note("1 ≤ 2 · ok")
     assert raw.getvalue() == b"1 ? 2 ? ok\n"
-
-
-def test_the_start_block_names_everything_and_ends_with_the_notes(tmp_path):
-    facts = RunFacts(
-        config="tiny.yaml",
-        backend="cpu",
-        device="some processor",
-        layout="2 data-parallel ranks",
-        ranks="0-7 on node1: npu:0-7\n8 on node2: npu:0",
-        parameters=11_852_320_768,
-        active_parameters=7_423_135_744,
-        dtype="bfloat16",
-        global_batch=512,
-        seq_len=2048,
-        first_step=7,
-        total_steps=50,
-        directory=tmp_path,
-        operations={"attention": "sdpa", "swiglu": "reference"},
-        variables={"OMP_NUM_THREADS": "1", "X": "a:b"},
-        notes=["moe.use_tutel asks for more"],
-    )
-    block = start_block(facts)
-    for part in (
-        "cpu (some processor)",
-        "ranks       0-7 on node1: npu:0-7\n            8 on node2: npu:0\n",
-        "11,852,320,768 (7,423,135,744 active per token), bfloat16",
-        "512 sequences of 2048 = 1,048,576 tokens",
-        "50, resumed at step 7",
-        str(tmp_path),
-        "attention=sdpa, swiglu=reference",
-        "OMP_NUM_THREADS=1 X=a:b",
-    ):
-        assert part in block
-    assert block.splitlines()[-1] == "note: moe.use_tutel asks for more"
-
-
-class TestEndSummary:
-    def summary(self, directory, losses, dummy_data=True):
-        writers = Writers(directory, 60, False, 1000, stream=io.StringIO())
-        for step, loss in enumerate(losses):
-            writers.step(record(step, loss))
-        writers.close()
-        return end_summary(directory, 75.4, dummy_data)
-
-    def test_passes_when_every_step_from_fifty_on_is_below_the_limit(self, tmp_path):
-        summary = self.summary(tmp_path, [2.0] * 50 + [0.3249, 0.2])
-        assert summary.startswith("finished after step 51 in 0:01:15: loss 0.2\n")
-        assert "every step from 50 on): passed, largest 0.3249 of 2 steps" in summary
-        assert summary.endswith(f"run directory {tmp_path}")
-
-    @pytest.mark.parametrize("late", [0.325, math.nan, math.inf])
-    def test_fails_for_one_step_that_is_not(self, tmp_path, late):
-        assert "FAILED at 1 of 3 steps" in self.summary(tmp_path, [2.0] * 50 + [0.2, late, 0.2])
-
-    def test_says_when_the_run_was_too_short_for_it(self, tmp_path):
-        assert "not reached" in self.summary(tmp_path, [0.1] * 50)
-
-    def test_does_not_apply_to_other_data(self, tmp_path):
-        assert "acceptance" not in self.summary(tmp_path, [0.1] * 60, dummy_data=False)
-
-    def test_a_run_without_a_step(self, tmp_path):
-        assert "before the first step" in self.summary(tmp_path, [])

@@ -11,7 +11,9 @@ from portmoe.config.section import Count, Path, Positive, Section
 class RunConfig(Section):
     """Where a run lives and what makes it reproducible."""
 
-    directory: Annotated[Path | None, SAME_RUN] = None  # null: runs/<config name>, numbered
+    directory: Annotated[Path | None, SAME_RUN] = None  # null: runs/<run.name>, numbered
+    # of letters, digits and "._-", what else is in it becomes "_"; null: the config's
+    name: Annotated[Path | None, SAME_RUN] = None
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1024  # numpy's RandomState takes 32 bits
     # above 0: every weight begins one unit in its last place away, see ``training.twin``
     twin: Annotated[int, Field(ge=0, le=2**31)] = 0
@@ -57,6 +59,13 @@ class CheckpointConfig(Section):
     def saves(self) -> bool:
         """Whether anything is saved at all."""
         return self.enable_save_ckpt or bool(self.keep_steps)
+
+
+class LogConfig(Section):
+    """What is shown while a run goes on. train.log has the benchmark's line of every step in any case."""
+
+    terminal: Literal["table", "full"] = "table"  # full: the benchmark's lines there too
+    every: Positive = 10  # steps between two rows where the output is no terminal
 
 
 class AlertConfig(Section):

@@ -12,7 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from portmoe.errors import ConfigError
-from portmoe.record.report import ACCEPTANCE_LOSS, ACCEPTANCE_STEP
+from portmoe.record import acceptance
 from portmoe.training.schedule import learning_rate
 from portmoe.verify.runs.curves import LAYER_NORM, Distance, LossFigures, distance, loss_figures
 from portmoe.verify.runs.distribution import Figure, figures
@@ -239,10 +239,10 @@ def _require_same_batch(a: Records, b: Records) -> None:
 
 def _accepted(run: Run, records: Records) -> bool | None:
     """Whether a run meets the benchmark's acceptance; None on other data, and where it is too short."""
-    late = [record["loss"] for record in records if record["step"] >= ACCEPTANCE_STEP]
+    late = [record["loss"] for record in records if record["step"] >= acceptance.FIRST_STEP]
     if not late or not run.on_dummy_data:
         return None
-    return all(loss is not None and loss < ACCEPTANCE_LOSS for loss in late)
+    return all(loss is not None and loss < acceptance.LIMIT for loss in late)
 
 
 def _validation(a: Records, b: Records, judge: _Judge, notes: list[str]) -> Iterator[Judged]:

@@ -4,10 +4,9 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from portmoe.record import page, svg
+from portmoe.record import acceptance, page, svg
 from portmoe.record.bars import Bar, bars
 from portmoe.record.origin import of_report
-from portmoe.record.report import ACCEPTANCE_LOSS, ACCEPTANCE_STEP
 from portmoe.verify.runs.comparison import Comparison, Judged
 from portmoe.verify.runs.distribution import Figure
 
@@ -122,9 +121,7 @@ def _acceptance(found: Comparison) -> list[str]:
         return []
     words = {True: "met", False: "NOT met", None: "not reached"}
     first, second = (words[accepted] for accepted in found.accepted)
-    return [
-        f"loss < {ACCEPTANCE_LOSS} from step {ACCEPTANCE_STEP} on: {first} by the first, {second} by the second"
-    ]
+    return [f"{acceptance.RULE}: {first} by the first, {second} by the second"]
 
 
 def html(found: Comparison) -> str:

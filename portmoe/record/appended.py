@@ -1,0 +1,39 @@
+"""Files that grow by whole pieces; what the disk refuses is a ``TrainingError`` that says what to do."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from portmoe.errors import TrainingError
+
+
+@contextmanager
+def disk(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses at ``path`` into an error with the way out."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"cannot write {path}: {error.strerror or error}; "
+            "free space there, check its permissions, or choose another run.directory"
+        ) from error
+
+
+class AppendedFile:
+    """A text file where everything appended is handed to the system at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with disk(path):
+            self._file = path.open("ab", buffering=0)
+
+    def append(self, text: str) -> None:
+        """Hand ``text`` to the system."""
+        rest = memoryview(text.encode("utf-8", "backslashreplace"))
+        with disk(self._path):
+            while rest:  # a disk that fills up takes a part first
+                rest = rest[self._file.write(rest) :]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
