@@ -288,7 +288,7 @@ def _check_names(
     if any(map(_of_optimizer, tensors)) and not any(map(_of_optimizer, saved)):
         raise ConfigError(
             f"checkpoint {checkpoint} holds the weights alone, without Adam's moments "
-            "(ckpt.save_optimizer=false), so the run cannot go on as it was; to go on with fresh moments, set "
+            "(ckpt.save_optimizer=false), so the run cannot go on as it was; to go on with fresh ones, set "
             f"ckpt.load_ckpt_info to {{path: {checkpoint}, content: [model, sampler, scheduler]}} and "
             "run.directory to another folder"
         )

@@ -109,6 +109,12 @@ def uneven_shards(config: "Tree", experts: int, ranks: int) -> str | None:
 def _of_the_engine(config: "Tree") -> Iterator[str]:
     """What DeepSpeed does not do here, and what only DeepSpeed does."""
     parallel, trainer = config.parallel, config.trainer
+    power, scale = trainer.deepspeed.initial_scale_power, config.grad_scaler.fp16.initial_scale
+    if power is not None and scale != 2.0**power:
+        yield (
+            f"trainer.deepspeed.initial_scale_power={power} is a scale of {2.0**power:g}, and grad_scaler.fp16."
+            f"initial_scale={scale:g}; set both alike, or leave the power null"
+        )
     if trainer.engine != "deepspeed":
         if trainer.deepspeed.zero_stage != 1:
             yield (

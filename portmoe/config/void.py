@@ -110,6 +110,14 @@ def _of_a_softmax(gate: "Gate") -> Iterator[Rule]:
 def _of_the_rest(config: "Tree") -> Iterator[Rule]:
     data, ckpt = config.data, config.ckpt
     yield (
+        config.trainer.engine != "deepspeed",
+        f"it acts with trainer.engine='deepspeed', and trainer.engine={config.trainer.engine!r}",
+        (
+            *("trainer.deepspeed.allgather_bucket_size", "trainer.deepspeed.reduce_bucket_size"),
+            *("trainer.deepspeed.overlap_comm", "trainer.deepspeed.contiguous_gradients"),
+        ),
+    )
+    yield (
         config.model.dtype != "float16",
         f"the loss is scaled for float16 only, and model.dtype={config.model.dtype!r}",
         (

@@ -25,6 +25,7 @@ from portmoe.errors import BackendError
 from portmoe.model.decoder import Decoder
 from portmoe.ops.table import OpTable
 from portmoe.parallel.layout import Layout
+from portmoe.training.deepspeed_experts import split_experts, whole_name
 from portmoe.training.engine import Engine
 from portmoe.training.optimizer import Optimizer, Update
 
@@ -46,6 +47,8 @@ class DeepSpeedEngine(Engine):
         super().__init__(config, device)
         deepspeed = _imported(device)
         decoder = Decoder(config, ops).to(device)
+        if config.expert_shard is not None:
+            split_experts(decoder, config.expert_shard)
         self.model = nn.ModuleList([decoder])
         self._parameters = dict(decoder.named_parameters())
         self._shapes = {name: p.shape for name, p in self._parameters.items()}
@@ -131,48 +134,61 @@ class DeepSpeedEngine(Engine):
         return {name: whole for name, whole in self._gathered(optimizer) if whole is not None}
 
     def _gathered(self, optimizer: bool) -> Iterator[tuple[str, torch.Tensor | None]]:
-        for number, (key, name, piece) in enumerate(self._named_pieces()):
+        for number, (key, parts) in enumerate(self._named_parts()):
             if not optimizer and not key.startswith("model."):
                 continue
             owner = number % dist.get_world_size()
-            whole = torch.zeros(self._shapes[name].numel(), device=self._device)
-            start = self._pieces[name][0]
-            whole[start : start + piece.numel()] = piece
-            dist.reduce(whole, dst=owner)
-            yield key, whole.view(self._shapes[name]).cpu() if dist.get_rank() == owner else None
+            wholes = [self._whole(name, piece, owner) for name, piece in parts]
+            yield key, torch.cat(wholes) if dist.get_rank() == owner else None
+
+    def _whole(self, name: str, piece: torch.Tensor, owner: int) -> torch.Tensor:
+        """What all ranks' pieces of a parameter make, on the owner's host."""
+        whole = torch.zeros(self._shapes[name].numel(), device=self._device)
+        start = self._pieces[name][0]
+        whole[start : start + piece.numel()] = piece
+        dist.reduce(whole, dst=owner)
+        return whole.view(self._shapes[name]).cpu()
 
     def take(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        for number, (key, name, piece) in enumerate(self._named_pieces()):
-            whole = torch.zeros(self._shapes[name].numel(), device=self._device)
+        for number, (key, parts) in enumerate(self._named_parts()):
             present = torch.tensor(key in tensors, dtype=torch.uint8, device=self._device)
             owner = number % dist.get_world_size()
             dist.broadcast(present, src=owner)
             if not present:
                 continue
-            if dist.get_rank() == owner:
-                whole.copy_(tensors[key].flatten())
-            dist.broadcast(whole, src=owner)
-            start = self._pieces[name][0]
-            piece.copy_(whole[start : start + piece.numel()])
-            if key.startswith("model."):
-                self._set_weight(self._parameters[name], whole)
+            row = 0
+            for name, piece in parts:
+                whole = torch.zeros(self._shapes[name], device=self._device)
+                if dist.get_rank() == owner:
+                    whole.copy_(tensors[key][row : row + len(whole)])
+                row += len(whole)
+                dist.broadcast(whole, src=owner)
+                start = self._pieces[name][0]
+                piece.copy_(whole.flatten()[start : start + piece.numel()])
+                if key.startswith("model."):
+                    self._set_weight(self._parameters[name], whole)
 
-    def _named_pieces(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """(name in a checkpoint, name of the parameter, piece) of everything a checkpoint holds."""
+    def _named_parts(self) -> Iterator[tuple[str, list[tuple[str, torch.Tensor]]]]:
+        """(name in a checkpoint, parameters and their pieces) of everything a checkpoint holds.
+
+        The parameters, one or of several runs of experts, make its tensor along the first dimension.
+        """
         kinds = {"model": self.optimizer.parameters}
         kinds |= {
             "optimizer.exp_avg": self.optimizer.exp_avg,
             "optimizer.exp_avg_sq": self.optimizer.exp_avg_sq,
         }
         for kind, pieces in kinds.items():
+            parts: dict[str, list[tuple[str, torch.Tensor]]] = {}
             for name, piece in pieces.items():
-                yield f"{kind}.{name}", name, piece.detach()
+                parts.setdefault(f"{kind}.{whole_name(name)}", []).append((name, piece.detach()))
+            yield from parts.items()
 
     @torch.no_grad()
     def _set_weight(self, parameter: nn.Parameter, whole: torch.Tensor) -> None:
         """Give the weight the model computes with its master's value."""
         with self._gathered_parameters([parameter], modifier_rank=0, enabled=self._partitioned):
-            parameter.copy_(whole.view_as(parameter))
+            parameter.copy_(whole)
 
     def state(self) -> dict[str, Any]:
         return {"updates": self.optimizer.updates, "loss_scale": self.loss_scale.state_dict()}
@@ -214,6 +230,24 @@ def _imported(device: torch.device) -> Any:
 
 
 def _settings(config: Config, layout: Layout, parameters: int) -> dict[str, Any]:
+    chosen = config.trainer.deepspeed
+    sharding = {
+        "stage": chosen.zero_stage,
+        "sub_group_size": parameters,  # one shard, so that clipping sees all of it
+        "memory_efficient_linear": False,  # it would replace torch's own for the whole process
+        "allgather_bucket_size": chosen.allgather_bucket_size,
+        "reduce_bucket_size": chosen.reduce_bucket_size,
+        "overlap_comm": chosen.overlap_comm,
+        "contiguous_gradients": chosen.contiguous_gradients,
+    }
+    if config.expert_shard is not None:  # a run is freed behind its use, and one at most fetched ahead
+        width = max(
+            3 * layer.width * config.architecture.hidden for layer in config.architecture.expert_layers
+        )
+        sharding |= {
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": config.expert_shard * width,
+        }
     return {
         "train_micro_batch_size_per_gpu": layout.micro_bsz,
         "gradient_accumulation_steps": layout.micro_num,
@@ -221,9 +255,5 @@ def _settings(config: Config, layout: Layout, parameters: int) -> dict[str, Any]
         "steps_per_print": None,
         "log_level": "error",
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": config.trainer.deepspeed.zero_stage,
-            "sub_group_size": parameters,  # one shard, so that clipping sees all of it
-            "memory_efficient_linear": False,  # it would replace torch's own for the whole process
-        },
+        "zero_optimization": {key: value for key, value in sharding.items() if value is not None},
     }

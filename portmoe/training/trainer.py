@@ -183,9 +183,7 @@ class Trainer:
             return
         state: dict[str, Any] = {"progress": asdict(self.progress), "engine": self._engine.state()}
         state["data"] = self._session.data["train"]
-        tensors = self._engine.tensors()
-        if not self._config.ckpt.save_optimizer:
-            tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+        tensors = self._engine.tensors(optimizer=self._config.ckpt.save_optimizer)
         self._checkpointer.save(self.progress.step, tensors, state)
         self._saved_at = self.progress.step
         folder = folder_of(self._checkpointer.folder, self.progress.step)

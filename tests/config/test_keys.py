@@ -48,6 +48,7 @@ NO_EFFECT = [
     "hybrid_zero_optimizer.reduce_bucket_size",
     "model.embed_split_hidden",
     "model.parallel_output",
+    "trainer.deepspeed.gather_16bit_weights_on_model_save",
     "cudnn_benchmark",
     "monitor.alert.feishu_alert_address",
     "monitor.alert.light_monitor_address",

@@ -11,10 +11,11 @@ from worlds import World, records, train
 
 import portmoe
 from portmoe.cli import main as command
+from portmoe.config.void import void
 from portmoe.errors import ConfigError
 from portmoe.parallel.layout import Layout
 from portmoe.planning.memory_check import state_of_rank
-from portmoe.training.deepspeed_engine import DeepSpeedEngine
+from portmoe.training.deepspeed_engine import DeepSpeedEngine, _settings
 
 ENGINE = "trainer.engine=deepspeed"
 NATIVE = "trainer.engine=native"
@@ -175,3 +176,66 @@ def test_without_the_package_one_message_says_what_to_install(version, said, mon
     assert said in message
     assert 'pip install "portmoe[deepspeed]"' in message
     assert not list(tmp_path.iterdir())
+
+
+RECIPE = (  # of the fine-tuning recipe's ZeRO-3, in its words
+    "trainer.deepspeed.allgather_bucket_size=3e8",
+    "trainer.deepspeed.reduce_bucket_size=3e8",
+    "trainer.deepspeed.overlap_comm=true",
+    "trainer.deepspeed.contiguous_gradients=false",
+    "trainer.deepspeed.gather_16bit_weights_on_model_save=true",
+    "trainer.deepspeed.initial_scale_power=16",
+)
+SHARDS = ("model.num_experts=8", "moe.moe_implementation=shard", "moe.expert_in_one_shard=2")
+
+
+@installed
+def test_the_recipes_stage_3_with_experts_some_at_a_time(run_anew, run, alone, tmp_path):
+    """DeepSpeed, two experts at a time → native, four at a time → DeepSpeed, all at once: one run."""
+    saving = ["ckpt.enable_save_ckpt=true", "lr_scheduler.total_steps=10"]
+    parts = (
+        (run_anew, 2, [ENGINE, stage(3), *RECIPE, *SHARDS], 4),
+        (run, 2, ["parallel.zero1.fsdp=true", *SHARDS, "moe.expert_in_one_shard=4"], 7),
+        (run_anew, 2, [ENGINE, stage(3), SHARDS[0]], 10),
+    )
+    for start, ranks, keys, steps in parts:
+        start(ranks, *saving, *keys, f"data.total_steps={steps}", directory=tmp_path / "run")
+    assert_same(records(tmp_path / "run"), alone(SHARDS[0]))
+
+
+def test_the_recipes_keys_are_deepspeeds():
+    config = portmoe.load_config("tiny_moe4", [ENGINE, stage(3), *RECIPE, *SHARDS])
+    given = _settings(config, Layout.plan(config, 2), 1)["zero_optimization"]
+    assert (given["allgather_bucket_size"], given["reduce_bucket_size"]) == (300_000_000, 300_000_000)
+    assert (given["overlap_comm"], given["contiguous_gradients"]) == (True, False)
+    assert given["stage3_max_reuse_distance"] == 0
+    plain = portmoe.load_config("tiny_moe4", [ENGINE])
+    assert set(_settings(plain, Layout.plan(plain, 2), 1)["zero_optimization"]) == {
+        *("stage", "sub_group_size", "memory_efficient_linear")
+    }
+
+
+def test_a_scale_said_in_two_ways_must_be_one():
+    with pytest.raises(
+        ConfigError, match=r"initial_scale_power=12 is grad_scaler.fp16.initial_scale=4096, and"
+    ):
+        portmoe.load_config("tiny_moe4", ["trainer.deepspeed.initial_scale_power=12"])
+
+
+def test_keys_of_deepspeed_are_void_for_the_native_engine():
+    assert "trainer.deepspeed.overlap_comm" in void(portmoe.load_config("tiny_moe4"))
+
+
+@installed
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=slow)])
+def test_16_bit_with_experts_some_at_a_time(run_anew, run, dtype):
+    """In float16 a scale that overflows is skipped and lowered; both engines train the same, in rounding."""
+    keys = [f"model.dtype={dtype}", *SHARDS, "data.total_steps=6", "grad_scaler.hysteresis=1"]
+    keys += ["grad_scaler.fp16.initial_scale=1.6777216e7", "grad_scaler.backoff_factor=0.0625"]
+    ours = run_anew(2, ENGINE, stage(3), *keys)
+    theirs = run(2, "parallel.zero1.fsdp=true", *keys)
+    assert [r["loss_scale"] for r in ours] == [r["loss_scale"] for r in theirs]
+    assert [r["inf_nan_skip_batches"] for r in ours] == [r["inf_nan_skip_batches"] for r in theirs]
+    assert ours[-1]["inf_nan_skip_batches"] in ((1, 2, 3) if dtype == "float16" else (0,))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=2**-8)

@@ -1,9 +1,10 @@
 """How the ranks share the work, which engine trains and which operations compute: no mathematics."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from portmoe.config.keys import no_effect
 from portmoe.config.section import LARGEST, Positive, Section, Size
 
 
@@ -77,11 +78,29 @@ class OpsConfig(Section):
 PARTITIONED_PARAMETERS = 3  # the stage of DeepSpeed from which parameters are sharded too
 
 
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Elements = Annotated[Positive, BeforeValidator(_whole)]
+
+
 class DeepSpeedConfig(Section):
     """What DeepSpeed does; acts for ``trainer.engine: deepspeed`` only."""
 
     # 1: optimizer state sharded, 2: gradients too, 3: parameters too. (A Literal of 1 would take true.)
     zero_stage: Annotated[int, Field(ge=1, le=3)] = 1
+    # elements, also as 3e8; null, here and below: DeepSpeed's own
+    allgather_bucket_size: Elements | None = None
+    reduce_bucket_size: Elements | None = None
+    overlap_comm: bool | None = None
+    contiguous_gradients: bool | None = None
+    gather_16bit_weights_on_model_save: Annotated[
+        bool, no_effect("every rank writes its part of a checkpoint and of hf_model (ckpt.export_dtype)")
+    ] = False
+    initial_scale_power: Annotated[int, Field(ge=0, le=127)] | None = (
+        None  # of grad_scaler.fp16.initial_scale
+    )
 
 
 class TrainerConfig(Section):
