@@ -86,24 +86,20 @@ def _of_the_parallel_sizes(config: "Tree", model: "Architecture") -> Iterator[st
 
 
 def _of_the_shards(config: "Tree", model: "Architecture") -> Iterator[str]:
-    ranks = config.parallel.expert.size or 1
+    """Experts computed some at a time: those on a rank must be a number of equal runs."""
+    size, ranks = config.moe.expert_in_one_shard, config.parallel.expert.size or 1
+    if config.moe.moe_implementation != "shard" or size is None:
+        return
     for count in sorted({experts.count for experts in model.expert_layers}):
-        if count % ranks == 0 and (problem := uneven_shards(config, count, ranks)):
-            yield problem
-
-
-def uneven_shards(config: "Tree", experts: int, ranks: int) -> str | None:
-    """Why a layer's ``experts`` on ``ranks`` cannot be computed so many at a time; None if they can."""
-    size, held = config.moe.expert_in_one_shard, experts // ranks
-    if config.moe.moe_implementation != "shard" or size is None or held % size == 0:
-        return None
-    possible = sorted((n for n in range(1, held + 1) if held % n == 0), key=lambda n: abs(n - size))
-    key = config.architecture.keys["experts"]
-    return (
-        f"moe.expert_in_one_shard={size} must divide the {held} experts of a layer that a rank holds "
-        f"({key}={experts} over {ranks} rank{'s' * (ranks > 1)}, parallel.expert.size); nearest possible: "
-        f"{' or '.join(map(str, sorted(possible[:2])))}"
-    )
+        held = count // ranks
+        if count % ranks or held % size == 0:
+            continue
+        possible = sorted((n for n in range(1, held + 1) if held % n == 0), key=lambda n: abs(n - size))
+        yield (
+            f"moe.expert_in_one_shard={size} must divide the {held} experts of a layer that a rank holds "
+            f"({model.keys['experts']}={count} over {ranks} rank{'s' * (ranks > 1)}, parallel.expert.size); "
+            f"nearest possible: {' or '.join(map(str, sorted(possible[:2])))}"
+        )
 
 
 def _of_the_engine(config: "Tree") -> Iterator[str]:
@@ -112,8 +108,8 @@ def _of_the_engine(config: "Tree") -> Iterator[str]:
     power, scale = trainer.deepspeed.initial_scale_power, config.grad_scaler.fp16.initial_scale
     if power is not None and scale != 2.0**power:
         yield (
-            f"trainer.deepspeed.initial_scale_power={power} is a scale of {2.0**power:g}, and grad_scaler.fp16."
-            f"initial_scale={scale:g}; set both alike, or leave the power null"
+            f"trainer.deepspeed.initial_scale_power={power} is a scale of {2.0**power:g}, and "
+            f"grad_scaler.fp16.initial_scale={scale:g}; set both alike, or leave the power null"
         )
     if trainer.engine != "deepspeed":
         if trainer.deepspeed.zero_stage != 1:

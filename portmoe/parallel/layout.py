@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 
 from portmoe.config import Config
-from portmoe.config.checks import uneven_shards
 from portmoe.config.sections.data import DataConfig
 from portmoe.errors import ConfigError
 
@@ -76,7 +75,6 @@ class Layout:
         weight = _dividing("parallel.weight.size", parallel.weight.size, replicas)
         spread = parallel.expert.size or _most_expert_ranks(config, data)
         expert = _dividing("parallel.expert.size", spread, replicas)
-        _check_shards(config, expert)
         return cls(
             world=world_size,
             data=data,
@@ -153,13 +151,6 @@ def _check_tensor(config: Config) -> None:
             )
 
 
-def _check_shards(config: Config, ranks: int) -> None:
-    """What of a layer's experts lies on one rank must be a number of equal shards."""
-    for experts in config.architecture.expert_layers:
-        if problem := uneven_shards(config, experts.count, ranks):
-            raise ConfigError(problem)
-
-
 def _zero1(size: int, replicas: int) -> int:
     return _dividing("parallel.zero1.size", size, replicas) if size > 0 else replicas
 
@@ -200,8 +191,12 @@ def _check_schedule(config: Config, micro_num: int) -> None:
 
 
 def _most_expert_ranks(config: Config, data: int) -> int:
-    """Ranks to spread experts over, ``parallel.expert.size`` being null; only the native engine does."""
-    counts = [experts.count for experts in config.architecture.expert_layers] or [1]
+    """Ranks to spread experts over, ``parallel.expert.size`` being null; only the native engine does.
+
+    What ``moe.expert_in_one_shard`` computes at a time stays together.
+    """
+    together = config.expert_shard or 1
+    counts = [experts.count // together for experts in config.architecture.expert_layers] or [1]
     return math.gcd(data, *counts) if config.trainer.engine == "native" else 1
 
 

@@ -216,9 +216,7 @@ def test_the_recipes_keys_are_deepspeeds():
 
 
 def test_a_scale_said_in_two_ways_must_be_one():
-    with pytest.raises(
-        ConfigError, match=r"initial_scale_power=12 is grad_scaler.fp16.initial_scale=4096, and"
-    ):
+    with pytest.raises(ConfigError, match="initial_scale_power=12 is a scale of 4096, and"):
         portmoe.load_config("tiny_moe4", ["trainer.deepspeed.initial_scale_power=12"])
 
 

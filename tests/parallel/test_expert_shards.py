@@ -149,11 +149,10 @@ def test_a_number_that_does_not_divide_is_refused(size, keys, said):
         portmoe.load_config("tiny_moe4", [MANY, FSDP, *of(size), *keys])
 
 
-def test_a_number_that_does_not_divide_what_the_ranks_spread_is_refused():
-    config = portmoe.load_config("tiny_moe4", [MANY, FSDP, *of(16)])
-    assert Layout.plan(config, 1).expert == 1
-    with pytest.raises(ConfigError, match=r"the 4 experts .* over 4 ranks.* nearest possible: 2 or 4"):
-        Layout.plan(config, 4)
+@pytest.mark.parametrize(("size", "ranks"), [(None, 4), (2, 4), (8, 2), (16, 1)])
+def test_experts_are_spread_over_no_more_ranks_than_leave_whole_runs(size, ranks):
+    shards = of(size) if size else []
+    assert Layout.plan(portmoe.load_config("tiny_moe4", [MANY, FSDP, *shards]), 4).expert == ranks
 
 
 def test_what_is_void_is_said():
