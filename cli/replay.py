@@ -113,7 +113,7 @@ def _spawn(nproc: int, argv: Sequence[str]) -> None:
 def _recompute(config: "Config", recorded: "Recorded", backend: str, launcher: str) -> None:
     from portmoe.verify.replay.recompute import recompute
 
-    stopped_by = recompute(config, recorded.checkpoints, recorded.starts, backend, launcher, click.echo)
+    stopped_by = recompute(config, recorded, backend, launcher, click.echo)
     if stopped_by is not None:
         sys.exit(exit_code(stopped_by))
 

@@ -69,7 +69,7 @@ def _replayed(found: "Verification", backend: str, out: Path | None) -> "Verific
             recorded = read_recorded(found.path)
             recorded = replace(recorded, starts=spread(recorded.starts))
             config = config_of_replay(recorded, folder / RECORD, backend, 1, None, ())
-            recompute(config, recorded.checkpoints, recorded.starts, backend, "local", click.echo)
+            recompute(config, recorded, backend, "local", click.echo)
             made = replay_of(recorded, folder)
         except (ConfigError, TrainingError) as error:
             failed = Result("fail", "can be replayed", str(error), subject="the run", part="replay")

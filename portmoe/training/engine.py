@@ -67,7 +67,7 @@ class Engine(ABC):
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.loss_scale = LossScale(config.grad_scaler, config.model.dtype)
-        self._config = config
+        self._config = self._schedule = config
         self._experts, self._balance = config.architecture.experts, config.architecture.balance
         self._device = device
         self._backward_clock = Stopwatch(device)
@@ -94,7 +94,7 @@ class Engine(ABC):
         self._step_clock.start()
         self._accumulate(batches, objective)
         self._step_clock.stop()
-        lr, second_beta = learning_rate(self._config, step), beta2(self._config, step)
+        lr, second_beta = learning_rate(self._schedule, step), beta2(self._schedule, step)
         with span(OPTIMIZER):
             update = self._update(lr, second_beta, scale, measure)
         layer_norms = self.optimizer.by_place(update.gradients)
@@ -113,6 +113,10 @@ class Engine(ABC):
             forward_backward_seconds=self._step_clock.seconds(),
             backward_seconds=self._backward_clock.seconds(),
         )
+
+    def follow(self, schedule: Config) -> None:
+        """Take learning rate and beta2 of the steps to come from another config."""
+        self._schedule = schedule
 
     def evaluate(self, batches: Sequence[Batch]) -> StepMetrics:
         """The metrics of ``batches`` with evaluation's capacity and without noise; changes nothing."""

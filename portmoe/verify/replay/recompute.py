@@ -15,12 +15,12 @@ from portmoe.training.run import throughput_of
 from portmoe.training.session import Session, open_session
 from portmoe.training.starting_point import Progress
 from portmoe.training.trainer import Trainer
+from portmoe.verify.replay.recorded import Recorded
 
 
 def recompute(
     config: Config,
-    checkpoints: Path,
-    starts: Mapping[int, int],
+    recorded: Recorded,
     backend: str,
     launcher: str,
     told: Callable[[str], None],
@@ -28,7 +28,7 @@ def recompute(
     """Make the step after each checkpoint as the rank this process is; the records go to ``run.directory``.
 
     Args:
-        starts: checkpoint → its step.
+        config: as ``config_of_replay`` makes it of ``recorded``.
         told: receives a line as each step begins, on rank 0.
 
     Returns:
@@ -39,10 +39,11 @@ def recompute(
     """
     with open_session(config, config_name="replay", backend=backend, launcher=launcher) as session:
         trainer = Trainer(session)
-        for start, step in starts.items():
+        for start, step in recorded.starts.items():
             if not session.machine.ranks.rank:
                 told(f"step {step}, from the checkpoint of step {start}")
-            _take(session, checkpoints, start)
+            _take(session, recorded.checkpoints, start)
+            session.engine.follow(recorded.configs[step])
             session.progress.step = step
             stop = trainer.one_step(step, throughput_of(session), replayable=True)
             if stop:

@@ -8,9 +8,10 @@ from typing import Any
 
 from portmoe.checkpoint.folder import STATE_FILE, complete_steps, folder_of
 from portmoe.config import Config
-from portmoe.config.read import load_config
+from portmoe.config.read import load_config, parse_config
 from portmoe.config.sections.data import parse_step_ranges
 from portmoe.errors import ConfigError
+from portmoe.record.chain import CHAIN, START, read_chain
 from portmoe.record.run_directory import CONFIG, checkpoints_of, first_difference
 from portmoe.verify.runs.comparison import Run, read_run
 
@@ -29,11 +30,14 @@ class Recorded:
         run: as recorded.
         checkpoints: the folder that holds them.
         starts: checkpoint → the step made from it, for those whose step was recorded.
+        configs: step → the config of the start that made it. A run that goes on for longer than it was
+            first meant to has other learning rates from there on.
     """
 
     run: Run
     checkpoints: Path
     starts: Mapping[int, int]
+    configs: Mapping[int, Config]
 
 
 def read_recorded(path: Path, overrides: Sequence[str] = (), wanted: str | None = None) -> Recorded:
@@ -57,7 +61,26 @@ def read_recorded(path: Path, overrides: Sequence[str] = (), wanted: str | None 
     starts = {start: step for start in kept if (step := _next_step(start, passed_over)) in made}
     if not starts:
         raise ConfigError(_nothing(path, checkpoints, kept))
-    return Recorded(run, checkpoints, _chosen(starts, wanted))
+    chosen = _chosen(starts, wanted)
+    configs = _configs(path)
+    return Recorded(
+        run, checkpoints, chosen, {step: _config_of(step, configs, run.config) for step in chosen.values()}
+    )
+
+
+def _configs(path: Path) -> list[tuple[int, Config]]:
+    """The first step and the config of every start, as the run's chain has them; none without a chain."""
+    try:
+        entries = [entry.content for entry in read_chain(path) if entry is not None]
+        starts = [entry for entry in entries if entry.get("kind") == START]
+        return [(start["step"], parse_config(start["config"], CHAIN)) for start in starts]
+    except (OSError, KeyError, ConfigError):
+        return []
+
+
+def _config_of(step: int, configs: Sequence[tuple[int, Config]], otherwise: Config) -> Config:
+    mine = [config for first_step, config in configs if first_step <= step]
+    return mine[-1] if mine else otherwise
 
 
 def _next_step(step: int, passed_over: Sequence[range]) -> int:
