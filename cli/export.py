@@ -33,6 +33,6 @@ def export(run: Path, step: int | None, out: Path, dtype: str | None) -> None:
     from portmoe.record.terminal import terminal
     from portmoe.training.hub import export_run
 
-    with Progress(terminal(sys.stderr), unit="parameter") as progress:
+    with Progress(terminal(sys.stderr), unit="parameters") as progress:
         chosen = export_run(run, step, out, dtype, progress)
     click.echo(f"written: {out}, the weights after step {chosen} of {run}")

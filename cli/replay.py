@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from portmoe.accelerator.discovery import AUTO, prepare
+from portmoe.cli.first_line import announce
 from portmoe.cli.train import MOST_RANKS
 from portmoe.errors import ConfigError, TrainingError
 from portmoe.launch.interrupt import exit_code
@@ -77,6 +78,7 @@ def replay(
     step cannot be chaotic, so rounding explains little, at any stage of training. Ends with exit code 4 if a
     step differs. ckpt.keep_steps leaves the checkpoints it needs.
     """
+    announce(f"replay {run} on {backend}")
     prepare(backend)
     from portmoe.accelerator import get_accelerator
     from portmoe.verify.replay.recorded import config_of_replay, read_recorded

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from portmoe.accelerator.discovery import AUTO, prepare
+from portmoe.cli.first_line import announce
 from portmoe.errors import TrainingError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -58,6 +59,7 @@ def validate(
     """
     if unknown := [name for name in _listed(dtypes) if name not in DTYPES] or not _listed(dtypes):
         raise click.UsageError(f"--dtype {dtypes!r}: {unknown} is none of {', '.join(DTYPES)}")
+    announce(f"validate {backend}")
     prepare(backend)
     import torch
 

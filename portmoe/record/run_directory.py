@@ -28,6 +28,7 @@ from portmoe.record.lock import InUse, Lock, hold
 from portmoe.record.writers import METRICS
 
 RUNS = Path("runs")
+STATES = ("running", "finished", "stopped", "aborted", "diverged", "failed")
 CONFIG, STATUS, ENVIRONMENT = "config.yaml", "status.json", "environment.json"
 Data = Mapping[str, Mapping[str, Any]]  # split → what its data is, see ``data.fingerprint``
 
@@ -94,7 +95,7 @@ class RunDirectory:
         self.write(name, json_text(content, indent=2) + "\n")
 
     def end(self, state: str) -> None:
-        """Note how the run ended: finished, stopped, aborted, diverged or failed."""
+        """Note how the run ended, as one of ``STATES``."""
         self._ended = True
         self.write_json(STATUS, {"state": state})
 
