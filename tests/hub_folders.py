@@ -27,7 +27,7 @@ LATENT = GROUPED | {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "first_k_dense_replace": 1,
-    "q_lora_rank": 20,
+    "q_lora_rank": 21,
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 4,

@@ -78,10 +78,14 @@ class Weights:
         require(folder, shapes(made, parameters))
         return cls(folder, made)
 
-    def load(self, engine: Engine) -> None:
-        """Give the engine's parameters their values. Collective."""
+    def load(self, engine: Engine, group: dist.ProcessGroup) -> None:
+        """Give the engine's parameters their values. Collective.
+
+        Raises:
+            TrainingError: some rank could not read a file to its end.
+        """
         tensors = _parameters(engine)
-        fill(tensors, self.made, self.folder)
+        agree(group, lambda: fill(tensors, self.made, self.folder))
         engine.take({PREFIX + name: tensor for name, tensor in tensors.items()})
 
     def keep_beside(self, run: Path) -> None:
@@ -110,7 +114,7 @@ def begin_at_folder(config: Config, run: Path, engine: Engine, group: dist.Proce
     agree(group, lambda: found.append(Weights.of(config)))
     (weights,) = found
     on_first_rank(group, lambda: weights.keep_beside(run))
-    weights.load(engine)
+    weights.load(engine, group)
 
 
 def target(config: Config, run: Path, final: Path, dtype: str | None = None) -> Target:
