@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+from portmoe.cli.first_line import announce
+
 
 @click.command()
 @click.argument("run", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path))
@@ -29,6 +31,7 @@ def export(run: Path, step: int | None, out: Path, dtype: str | None) -> None:
 
     One process reads and writes a few MiB at a time, whatever ranks the checkpoint is from.
     """
+    announce(f"export {run}")
     from portmoe.record.progress import Progress
     from portmoe.record.terminal import terminal
     from portmoe.training.hub import export_run

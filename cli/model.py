@@ -2,6 +2,8 @@
 
 import click
 
+from portmoe.cli.first_line import announce
+
 
 @click.group()
 def model() -> None:
@@ -15,6 +17,7 @@ def inspect(folder: str) -> None:
 
     Reads config.json and the files' headers, not the weights.
     """
+    announce(f"inspect {folder}")
     from portmoe.training.inspection import inspect as describe
 
     click.echo(describe(folder))
