@@ -1,7 +1,13 @@
 """What the guides claim: commands parse, config keys exist, implementations are offered, figures hold."""
 
+import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -44,17 +50,28 @@ def test_there_is_something_to_check():
     assert len(pages()) == 11
 
 
-@pytest.mark.parametrize("command", OURS)
-def test_command_lines_parse(command, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def parsed_command(command, folder, monkeypatch):
+    """Parse a command line that starts portmoe, by whatever launcher, and the config it names."""
+    monkeypatch.chdir(folder)
     words = shlex.split(command.partition(" || ")[0])
-    arguments = words[words.index("portmoe") + 1 :]
+    start = next(place for place, word in enumerate(words) if Path(word).name == "portmoe")
+    arguments = words[start + 1 :]
     for word in arguments:
         if word.startswith("runs/"):
-            (tmp_path / word).mkdir(parents=True, exist_ok=True)  # what an earlier command made
+            (folder / word).mkdir(parents=True, exist_ok=True)  # what an earlier command made
+    if {"-h", "--help"} & set(arguments):
+        return
     context = parsed(arguments)
-    if "overrides" in context.params:
-        load_config(context.params["name"], context.params["overrides"])
+    overrides = [
+        key for key in context.params.get("overrides", ()) if "from_pretrained" not in key
+    ]  # no folder is here
+    if "name" in context.params and "overrides" in context.params:
+        load_config(context.params["name"], overrides)
+
+
+@pytest.mark.parametrize("command", OURS)
+def test_command_lines_parse(command, tmp_path, monkeypatch):
+    parsed_command(command, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "benchmarks/" in command])
@@ -122,3 +139,45 @@ def test_the_figures_are_those_of_the_dry_run(monkeypatch):
         config = portmoe.load_config("7b_moe4", ["data.global_batch_size=512", *settings])
         text = dry_run.dry_run(config, "7b_moe4", "cpu", ranks)
         assert f"together {together}," in text, (ranks, settings)
+
+
+NOT_HERE = ("torchrun ", "srun ", "--config 7b_moe4 --backend cpu --nproc 8", "benchmarks/gpu.sh")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_common_guide_runs_from_its_first_command_to_its_last(tmp_path):
+    """In order, in one folder; left out is what needs many cards, and the benchmarks at 7B's shapes."""
+    shutil.copy(ROOT / "tests" / "config" / "internevo" / "7B_MoE4.py", tmp_path)
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    lines = commands(FOLDER / "en" / "README.md")
+    run = [line for line in lines if not any(part in line for part in NOT_HERE)]
+    assert len(run) > 10
+    for line in run:
+        assert_runs(line, tmp_path)
+    assert (tmp_path / "report" / "report.html").exists()
+    assert (tmp_path / "compare.html").exists()
+    assert (tmp_path / "mine.yaml").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_npu_guides_commands_train_on_the_simulated_device(tmp_path):
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    lines = [line for line in commands(FOLDER / "en" / "npu.md") if "portmoe train" in line]
+    assert len(lines) == 2
+    for number, line in enumerate(lines):
+        plugin = {"PYTHONPATH": str(ROOT / "tests" / "simulated" / "plugin")}
+        short = f" --set data.total_steps=2 --set run.directory=runs/{number}"
+        assert_runs(line + short, tmp_path, **plugin)
+        record = json.loads((tmp_path / "runs" / str(number) / "ops.json").read_text())
+        assert record["rms_norm"]["chosen"].startswith("npu") == (number == 0)
+
+
+def assert_runs(line, folder, **variables):
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"} | variables
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, line + done.stdout + done.stderr
