@@ -60,7 +60,7 @@ class Console:
         done = record["step"] + 1
         self._progress(_figures(record), done)
         if self._full:
-            self._progress.say(line)
+            self._progress.say(line, wrap=False)
         elif self._due(done) or "valid_loss" in record:
             self._show(record)
         if not self._full:

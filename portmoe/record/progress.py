@@ -78,9 +78,9 @@ class Progress:
             self._said_at = self._clock()
             self.say(" ".join(filter(None, (self._count(), self._now, self._left()))))
 
-    def say(self, text: str, style: str = "") -> None:
-        """Print ``text`` above the line, to stay."""
-        self.console.print(Text(text, style), soft_wrap=True)
+    def say(self, text: str, style: str = "", wrap: bool = True) -> None:
+        """Print ``text`` above the line, to stay; on a terminal it is wrapped between words, if it may be."""
+        self.console.print(Text(text, style), soft_wrap=not (wrap and self.console.is_terminal))
         if self._live.is_started:
             self._live.refresh()
 

@@ -68,10 +68,11 @@ def start_lines(facts: RunFacts) -> str:
     ranks = f", {facts.number_of_ranks} ranks" if facts.number_of_ranks > 1 else ""
     tokens = facts.global_batch * facts.seq_len
     rows = {
-        "model": f"{facts.model}, {_short(facts.parameters)} weights "
-        f"({_short(facts.active_parameters)} active), {facts.dtype}",
+        "model": f"{facts.model}, {_short(facts.parameters)} parameters "
+        f"({_short(facts.active_parameters)} active)",
         "device": f"{facts.backend} ({facts.device}){ranks}",
-        "batch": f"{facts.global_batch} × {facts.seq_len} = {tokens:,} tokens, {facts.total_steps:,} steps",
+        "batch": f"{facts.global_batch} × {facts.seq_len} = {tokens:,} tokens, {facts.total_steps:,} steps, "
+        f"{facts.dtype}",
         "kernels": f"{len(facts.operations)} chosen, {plain} of them plain references (names: ops.json)",
         "run": f"{facts.directory}, {facts.origin}",
     }
@@ -174,8 +175,8 @@ def _next(directory: Path) -> list[str]:
 
 
 def _short(count: int) -> str:
-    """As "11.9 B"."""
+    """As "11.9B"."""
     for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if count >= unit:
-            return f"{count / unit:.3g} {name}"
+            return f"{count / unit:.3g}{name}"
     return str(count)

@@ -92,6 +92,12 @@ def test_steps_that_follow_fast_share_a_row(screen, monkeypatch):
     assert shown == [str(step) for step in (*range(0, 100, 5), 99)]
 
 
+def test_words_stay_whole_where_a_line_is_wrapped(screen, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    Console(screen, 40).note("WARNING: this file system cannot lock files at all")
+    assert screen.shown() == ["WARNING: this file system cannot lock", "files at all"]
+
+
 def test_the_benchmarks_lines_are_shown_where_they_are_asked_for(screen, monkeypatch):
     watched(screen, monkeypatch, 200, style="full").close()
     lines = [line for line in screen.shown() if line.startswith("step=")]

@@ -59,9 +59,9 @@ def test_the_start_block_names_everything_and_ends_with_the_notes():
 def test_the_terminal_gets_five_short_lines_and_the_notes():
     lines = start_lines(FACTS).splitlines()
     assert lines == [
-        "model    32 layers of 4096, 4 experts top 2, 11.9 B weights (7.42 B active), bfloat16",
+        "model    32 layers of 4096, 4 experts top 2, 11.9B parameters (7.42B active)",
         "device   cpu (some processor), 9 ranks",
-        "batch    512 × 2048 = 1,048,576 tokens, 50 steps",
+        "batch    512 × 2048 = 1,048,576 tokens, 50 steps, bfloat16",
         "kernels  2 chosen, 1 of them plain references (names: ops.json)",
         "run      runs/a b, continued at step 7",
         "note: moe.use_tutel asks for more",
