@@ -132,7 +132,9 @@ def train(
         return
     if nproc > 1 or machine is not None:
         from portmoe.launch.spawn import spawn
+        from portmoe.record.origin import COMMAND, command
 
+        os.environ[COMMAND] = command()
         settings = [part for override in overrides for part in ("--set", override)]
         launched = "nodes" if machine else "torchrun"
         argv = ["train", "--config", config_file, *settings, "--backend", backend, "--launcher", launched]

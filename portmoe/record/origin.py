@@ -1,6 +1,7 @@
 """Who made a report, when, where and with which command: one block for all of them. Works without torch."""
 
 import importlib.metadata
+import os
 import platform
 import shlex
 import socket
@@ -11,6 +12,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import portmoe
+
+COMMAND = "PORTMOE_COMMAND"  # set for the ranks that a command starts
 
 
 def of_report(facts: Mapping[str, object] | None = None, seed: int | None = None) -> dict[str, object]:
@@ -27,7 +30,7 @@ def of_report(facts: Mapping[str, object] | None = None, seed: int | None = None
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC"),
         "host": socket.gethostname(),
-        "command": _command(),
+        "command": command(),
         "seed": seed,
         "portmoe": portmoe.__version__,
         "commit": commit(),
@@ -38,7 +41,10 @@ def of_report(facts: Mapping[str, object] | None = None, seed: int | None = None
     }
 
 
-def _command() -> str:
+def command() -> str:
+    """The command line as a person typed it, also on ranks that the command has started."""
+    if COMMAND in os.environ:
+        return os.environ[COMMAND]
     program, *arguments = sys.argv
     if Path(program).name == "__main__.py":
         return shlex.join(["python", "-m", "portmoe", *arguments])

@@ -93,7 +93,12 @@ class Summary:
 
 
 def end_summary(
-    directory: Path, seconds: float, dummy_data: bool, reason: str = "finished", ranks: int = 1
+    directory: Path,
+    seconds: float,
+    dummy_data: bool,
+    reason: str = "finished",
+    ranks: int = 1,
+    again: str | None = None,
 ) -> Summary:
     """What a run came to, read from its ``metrics.jsonl``, the steps before a resumption included.
 
@@ -103,6 +108,7 @@ def end_summary(
         dummy_data: the benchmark's acceptance applies.
         reason: why training ended.
         ranks: over which the tokens were spread.
+        again: the command that goes on with the run, where one does.
     """
     losses: dict[int, float | None] = {}
     last = None
@@ -124,7 +130,9 @@ def end_summary(
     width = max(len("accepted"), *(len(name) for name in rows if name != reason))
     lines = [f"{reason}: {rows.pop(reason)}"]
     lines += [f"{name:<{width}} {text}" for name, text in rows.items() if text]
-    lines += [f"{'next' if not row else '':<{width}} {step}" for row, step in enumerate(_next(directory))]
+    lines += [
+        f"{'next' if not row else '':<{width}} {step}" for row, step in enumerate(_next(directory, again))
+    ]
     return Summary("\n".join(lines), verdict)
 
 
@@ -164,10 +172,11 @@ def _drops(last: Mapping[str, float | None]) -> str:
     return "; ".join(told)
 
 
-def _next(directory: Path) -> list[str]:
+def _next(directory: Path, again: str | None) -> list[str]:
     """Commands that make sense now, with the real paths."""
     path = shlex.quote(str(directory))
     return [
+        *([again] if again else []),
         f"tensorboard --logdir {path}/{EVENTS}",
         f"portmoe compare {path} OTHER_RUN --out compare.html",
         "portmoe runs",

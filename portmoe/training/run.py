@@ -23,6 +23,7 @@ from portmoe.profiling.profile import FOLDER, StepProfile
 from portmoe.profiling.spans import mark_modules
 from portmoe.record import provenance
 from portmoe.record.acceptance import applies, out_of_reach
+from portmoe.record.origin import command
 from portmoe.record.report import RunFacts, end_summary, start_block, start_lines
 from portmoe.record.results import read_metrics
 from portmoe.record.terminal import terminal
@@ -110,7 +111,16 @@ def _trained(session: Session, profile: bool) -> tuple[Ending, bool | None]:
     if machine.ranks.rank:
         return ending, None
     seconds = time.perf_counter() - began
-    summary = end_summary(session.run.path, seconds, applies(config), reason, machine.layout.world)
+    typed = command()
+    goes_on = state == "stopped" and config.ckpt.enable_save_ckpt and "portmoe train" in typed
+    summary = end_summary(
+        session.run.path,
+        seconds,
+        applies(config),
+        reason,
+        machine.layout.world,
+        again=typed if goes_on else None,
+    )
     session.writers.conclude(summary.text)
     return ending, summary.verdict and summary.verdict.accepted
 

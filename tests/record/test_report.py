@@ -103,6 +103,9 @@ class TestEndSummary:
         assert "loss     2.0000 → 1.0000  █▁\n" in text
         assert "speed    180.0 tok/s over all time (90.0 each of 2 ranks), 200.0 in the last steps" in text
         assert "12.50% of the assignments to experts in the last step; 3 steps were skipped" in text
+        assert "next     portmoe train --name x\n         tensorboard" in (
+            end_summary(run, 1.0, True, "stopped by SIGINT", again="portmoe train --name x").text
+        )
         commands = [line for line in text.splitlines() if "tensorboard --logdir" in line]
         assert shlex.split(commands[0])[1:] == ["tensorboard", "--logdir", f"{run}/tensorboard"]
 
