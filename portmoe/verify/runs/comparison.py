@@ -1,7 +1,7 @@
 """Two runs of one config, on two backends or layouts: are they the same run?
 
-Steps are held together one by one as far as rounding lets them: so far as twins agree, or, without any, as long as
-no weight can have moved far. Beyond, twins show what a distribution of right runs looks like.
+Steps are held together one by one as far as rounding lets them: as far as twins show, or, without any, as
+long as no weight can have moved far. Beyond, twins show what a distribution of right runs looks like.
 """
 
 import math
@@ -16,16 +16,13 @@ from portmoe.record import acceptance
 from portmoe.training.schedule import learning_rate
 from portmoe.verify.runs.curves import LAYER_NORM, Distance, LossFigures, distance, loss_figures
 from portmoe.verify.runs.distribution import Figure, figures
-from portmoe.verify.runs.quantities import Kind, Quantity, Records, column, quantities
+from portmoe.verify.runs.quantities import Quantity, Records, column, quantities
 from portmoe.verify.runs.recorded import Run, read_run, require_same_run
-from portmoe.verify.runs.thresholds import Thresholds, thresholds_of
-from portmoe.verify.runs.twins import FACTOR, Twins, twins_of
+from portmoe.verify.runs.thresholds import FAMILIES, Kind, Thresholds, thresholds_of
+from portmoe.verify.runs.twins import Twins, twins_of
 
 __all__ = ["Comparison", "Judged", "Run", "compare", "read_run"]
 
-# Without twins steps are judged while the learning rates so far add up to no more than this: Adam moves a weight
-# by at most about its learning rate a step, and with it whatever rounding has made of it.
-SAFE_MOVES = 2.5e-3
 UNJUDGED = sys.float_info.max  # only a number that one run lacks is beyond it
 
 
@@ -127,7 +124,8 @@ def compare(first: Run, second: Run, twins: Sequence[Path] = ()) -> Comparison:
         twins: directories of twins of one of the two; without any, those that lie beside it are taken.
 
     Raises:
-        ConfigError: the configs differ in mathematics, the runs have no step in common, or a twin given is none.
+        ConfigError: the configs differ in mathematics, the runs have no step in common, or a twin given is
+            none.
     """
     require_same_run(first, second)
     common = sorted({s["step"] for s in first.steps} & {s["step"] for s in second.steps})
@@ -139,13 +137,13 @@ def compare(first: Run, second: Run, twins: Sequence[Path] = ()) -> Comparison:
     notes: list[str] = []
     if not all(any(key.startswith(LAYER_NORM) for key in run[0]) for run in (a, b)):
         notes.append("gradient norms by layer: not recorded in both runs")
-    measured = twins_of(first, second, twins, common, notes)
+    measured = twins_of(first, second, twins, common, limits, notes)
     # Where both runs begin they still have the same weights.
     begin = common[0] == first.steps[0]["step"] == second.steps[0]["step"]
-    judge = _Judge(common, limits, measured, _safe(first, common, begin), begin)
-    if measured is None and judge.safe > limits.norm_steps:
+    judge = _Judge(common, limits, measured, _moved(first, common, begin), begin)
+    if measured is None and judge.safe("norm") < min(judge.safe("loss"), len(common)):
         notes.append(
-            f"norms and drops are judged over the first {limits.norm_steps} of {len(common)} common steps"
+            f"norms and drops are judged over the first {judge.safe('norm')} of {len(common)} common steps"
         )
     found = list(quantities(a, b))
     judged = [judge.of(quantity) for quantity in found]
@@ -177,63 +175,60 @@ class _Judge:
     """Judges quantities over the same steps.
 
     Attributes:
-        safe: for how many steps rounding cannot have grown.
+        moved: how far a weight can have moved before each step.
         begin: the runs begin with the first of the steps, from the same weights.
     """
 
     steps: Sequence[int]
     limits: Thresholds
     twins: Twins | None
-    safe: int
+    moved: Sequence[float]
     begin: bool
 
     def of(self, quantity: Quantity) -> Judged:
-        kind, found = quantity.kind, quantity.distance
-        base, at_first, most = self._band(kind)
-        bands = [base] * len(self.steps)
+        kind, found, twins = quantity.kind, quantity.distance, self.twins
+        bands = [self.limits.band(kind)] * len(self.steps)
         if self.begin:
-            bands[0] = at_first
-        if self.twins is None or not any(quantity.label in pair for pair in self.twins.pairs):
-            bands = bands[: min(self.safe, most)]
+            bands[0] = self.limits.first_band(kind)
+        safe = self.safe(kind)
+        if twins is None or not any(quantity.label in pair for pair in twins.pairs):
+            bands = bands[:safe]
             return Judged(found, bands, self._left(found, bands))
-        reached = self.twins.reached(quantity.label)
-        bands = [max(band, FACTOR * r) for band, r in zip(bands, reached, strict=True)]
-        bands = bands[: self.twins.strangers_at(kind, quantity.label)]
-        pairs = [pair[quantity.label].distance for pair in self.twins.pairs if quantity.label in pair]
-        later = figures(kind, found, pairs, len(bands))
-        return Judged(found, bands, self._left(found, bands), self.twins.spread(quantity.label), later)
+        grown = twins.grown[FAMILIES[kind]]
+        followed = [band * max(1.0, twins.factor * by) for band, by in zip(bands, grown, strict=True)]
+        bands = [*bands[:safe], *followed[safe:]]
+        far = (i for i, band in enumerate(bands) if i >= safe and band >= self.limits.strangers(kind))
+        bands = bands[: next(far, len(bands))]
+        later = figures(quantity, twins, len(bands))
+        return Judged(found, bands, self._left(found, bands), twins.spread(quantity.label), later)
 
-    def _band(self, kind: Kind) -> tuple[float, float, int]:
-        """What today allows of this kind in each step and in the first one, and in how many without twins."""
-        t = self.limits
-        return {
-            "loss": (t.loss, t.loss, t.loss_steps),
-            "norm": (t.norm, t.first_norm, t.norm_steps),
-            "layer": (t.layer_norm, t.first_layer_norm, t.norm_steps),
-            "dropped": (t.dropped, t.dropped, t.norm_steps),
-            "load": (t.dropped, t.dropped, t.norm_steps),
-        }[kind]
+    def safe(self, kind: Kind) -> int:
+        """For how many steps rounding cannot have grown: no weight can have moved far."""
+        losses = FAMILIES[kind] == "losses"
+        most = self.limits.loss_steps if losses else self.limits.norm_steps
+        moves = self.limits.loss_moves if losses else self.limits.norm_moves
+        return min(most, sum(moved <= moves for moved in self.moved))
 
     def _left(self, found: Distance, bands: Sequence[float]) -> int | None:
         left = found.leaves([*bands, *[UNJUDGED] * (len(found.relative) - len(bands))])
         return None if left is None else self.steps[left]
 
 
-def _safe(run: Run, steps: Sequence[int], begin: bool) -> int:
-    """For how many of the steps no weight can have moved far from where both runs had it."""
-    moved = list(
-        accumulate(learning_rate(run.config, step) for step in range(steps[0] if begin else 0, steps[-1] + 1))
+def _moved(run: Run, steps: Sequence[int], begin: bool) -> list[float]:
+    """For each step the sum of the learning rates before it, from where both runs had the same weights."""
+    first = steps[0] if begin else 0
+    sums = list(
+        accumulate((learning_rate(run.config, step) for step in range(first, steps[-1])), initial=0.0)
     )
-    before = dict(enumerate([0.0, *moved], steps[0] if begin else 0))
-    return sum(before[step] <= SAFE_MOVES for step in steps)
+    return [sums[step - first] for step in steps]
 
 
 def _require_same_batch(a: Records, b: Records) -> None:
     tokens = [run[0]["num_consumed_tokens"] for run in (a, b)]
     if tokens[0] != tokens[1]:
         raise ConfigError(
-            f"the runs have another global batch: {tokens[0]} and {tokens[1]} tokens after step {a[0]['step']}; "
-            "set data.global_batch_size alike in both"
+            f"the runs have another global batch: {tokens[0]} and {tokens[1]} tokens after step "
+            f"{a[0]['step']}; set data.global_batch_size alike in both"
         )
 
 
@@ -253,18 +248,18 @@ def _validation(a: Records, b: Records, judge: _Judge, notes: list[str]) -> Iter
     if unlike:
         both = sorted(set(both) - set(unlike))
         notes.append(
-            f"validations: {len(unlike)} not compared: one run is of a version that read only the first packs "
-            "of the validation data"
+            f"validations: {len(unlike)} not compared: one run is of a version that read only the first "
+            "packs of the validation data"
         )
     if made[0] != made[1]:
         notes.append(
-            f"validations: {len(made[0])} and {len(made[1])} in the common steps, {len(both)} after the same ones"
+            f"validations: {len(made[0])} and {len(made[1])} in the common steps, {len(both)} after the "
+            "same ones"
         )
     if both:
         losses = (column([run[i] for i in both], "valid_loss") for run in (a, b))
         found = distance("validation loss", *losses)
-        until = judge.safe if judge.twins is None else len(judge.of(next(quantities(a, b))).bands)
-        reached = judge.twins.reached("loss") if judge.twins else [0.0] * len(a)
-        bands = [max(judge.limits.loss, FACTOR * reached[i]) for i in both if i < until]
+        of_each_step = judge.of(next(quantities(a, b))).bands
+        bands = [max(judge.limits.loss, of_each_step[i]) for i in both if i < len(of_each_step)]
         left = found.leaves([*bands, *[UNJUDGED] * (len(both) - len(bands))])
         yield Judged(found, bands, None if left is None else judge.steps[both[left]])

@@ -70,15 +70,17 @@ def judged_how(found: Comparison) -> list[tuple[str, str]]:
     )
     names = ", ".join(str(run.path) for run in twins.runs)
     ways = [("twins", f"{names}: {growth}; {strangers}")]
-    later = [f for f in found.quantities[0].later]
+    rest = f"steps {steps[until]} … {steps[-1]}" if until < len(steps) else ""
+    later = found.quantities[0].later
     if until == len(steps):
         return [*ways, ("judged", f"{one_by_one}, by bands that follow the twins")]
     if not later:
+        too_little = "too few steps" if found.twins.margin else "a single twin shows no distribution"
         return [
             *ways,
             (
                 "judged",
-                f"{one_by_one}; steps {steps[until]} … {steps[-1]} are too few to be judged as a distribution",
+                f"{one_by_one}; {rest} are not judged: {too_little}",
             ),
             ("unseen", f"everything from step {steps[until]} on"),
         ]
@@ -86,7 +88,7 @@ def judged_how(found: Comparison) -> list[tuple[str, str]]:
     ways.append(
         (
             "judged",
-            f"{one_by_one}, by bands that follow the twins; steps {steps[until]} … {steps[-1]} as a distribution",
+            f"{one_by_one}, by bands that follow the twins; {rest} as a distribution",
         )
     )
     ways.append(("unseen", f"from step {steps[until]} on, what moves the losses by less than: {figures}"))

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from portmoe.verify.runs.curves import Distance, distance, group_norms, layer_norms
+from portmoe.verify.runs.thresholds import Kind
 
-Kind = Literal["loss", "norm", "layer", "dropped", "load"]
 Records = Sequence[dict[str, Any]]
 
 
@@ -41,7 +41,7 @@ def column(records: Records, key: str) -> list[float | None]:
 
 
 def _differences(a: Records, b: Records, key: str, kind: Kind, label: str) -> Iterator[Quantity]:
-    """Shares are compared by their difference: near zero a quotient would say nothing. A dense model has none."""
+    """Compare shares by their difference: near zero a quotient says nothing. A dense model has none."""
     shares = [column(run, key) for run in (a, b)]
     if any(share is not None for run in shares for share in run):
         apart = [_difference(x, y) for x, y in zip(*shares, strict=True)]

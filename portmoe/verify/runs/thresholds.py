@@ -1,6 +1,21 @@
 """How far two runs of the same mathematics may be apart, and why. See docs/validation.md."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["loss", "norm", "layer", "dropped", "load"]
+Family = Literal["losses", "norms", "shares"]
+# Quantities of a family part together: rounding that shows in one has reached the others.
+FAMILIES: Mapping[Kind, Family] = {
+    "loss": "losses",
+    "norm": "norms",
+    "layer": "norms",
+    "dropped": "shares",
+    "load": "shares",
+}
+# Deviations at which two runs are strangers in a quantity.
+STRANGERS: Mapping[Family, float] = {"losses": 0.02, "norms": 0.1, "shares": 0.01}
 
 
 @dataclass(frozen=True)
@@ -17,6 +32,8 @@ class Thresholds:
         loss_steps: for how many steps the losses' bands hold; later steps are reported and not judged.
         norm_steps: the same for norms and dropped tokens. In 16-bit types rounding changes some choices of
             experts after few steps, and then the norms of two right runs part although their losses do not.
+        loss_moves, norm_moves: the bands hold without twins while the learning rates of the steps before add
+            up to no more: AdamW moves a weight by about its rate a step, and with it what rounding made.
     """
 
     loss: float
@@ -27,6 +44,21 @@ class Thresholds:
     dropped: float
     loss_steps: int
     norm_steps: int
+    loss_moves: float
+    norm_moves: float
+
+    def band(self, kind: Kind) -> float:
+        """What a quantity of this kind may deviate by in a step, as long as rounding has not grown."""
+        layer = self.layer_norm if kind == "layer" else self.norm
+        return {"losses": self.loss, "norms": layer, "shares": self.dropped}[FAMILIES[kind]]
+
+    def first_band(self, kind: Kind) -> float:
+        """The same in the first step of both runs."""
+        return {"norm": self.first_norm, "layer": self.first_layer_norm}.get(kind) or self.band(kind)
+
+    def strangers(self, kind: Kind) -> float:
+        """The deviation at which steps say nothing any more."""
+        return max(STRANGERS[FAMILIES[kind]], 2 * self.band(kind))
 
 
 FLOAT32 = Thresholds(
@@ -38,6 +70,8 @@ FLOAT32 = Thresholds(
     dropped=0.002,
     loss_steps=100,
     norm_steps=100,
+    loss_moves=2.5e-3,
+    norm_moves=2.5e-3,
 )
 BFLOAT16 = Thresholds(
     loss=2e-2,
@@ -48,6 +82,8 @@ BFLOAT16 = Thresholds(
     dropped=0.03,
     loss_steps=100,
     norm_steps=10,
+    loss_moves=2.5e-3,
+    norm_moves=2e-4,
 )
 
 

@@ -1,4 +1,4 @@
-"""How far two right runs part, measured by twins: the same run from weights one unit in their last place away.
+"""How far two right runs part, measured by twins: the same run from weights one unit in the last place away.
 
 Rounding grows in training: what differs by 1e-7 in one step differs by several times that in the next. Twins
 show how fast, and from which step on two right runs have nothing in common but their distribution.
@@ -14,14 +14,14 @@ from pathlib import Path
 from portmoe.config import Config
 from portmoe.errors import ConfigError
 from portmoe.record.run_directory import first_difference
-from portmoe.verify.runs.quantities import Kind, Quantity, Records, quantities
+from portmoe.verify.runs.quantities import Quantity, Records, quantities
 from portmoe.verify.runs.recorded import Run, read_run
+from portmoe.verify.runs.thresholds import FAMILIES, STRANGERS, Family, Thresholds
 
-# How many times the twins' spread so far two right runs may part: other implementations round in every
-# operation of every step, twins once.
-FACTOR = 10.0
-# The spread, of the kinds that have one, at which two runs are strangers.
-STRANGERS: Mapping[Kind, float] = {"loss": 0.02, "norm": 0.1, "layer": 0.1, "dropped": 0.01, "load": 0.01}
+# How many times as far as the twins two right runs may part, and how many times as much as the twins' figures
+# of their distributions may differ: by how many runs show it, as few show little of what chance does.
+FACTORS, MARGINS = {2: 300.0, 3: 100.0, 4: 30.0}, {3: 8.0, 4: 5.0}
+ONSET = 0.02  # of a norm's band: what only a choice of experts that fell the other way has made so early
 
 
 @dataclass(frozen=True)
@@ -31,47 +31,89 @@ class Twins:
     Attributes:
         runs: the twins, and the run they are of where it is known to be right as they are: made alike.
         records: of each, at the steps compared.
+        limits: the bands.
     """
 
     runs: Sequence[Run]
     records: Sequence[Records]
+    limits: Thresholds
+
+    @property
+    def factor(self) -> float:
+        """How many times the twins' spread a band is."""
+        return FACTORS[min(len(self.runs), max(FACTORS))]
+
+    @property
+    def margin(self) -> float | None:
+        """How many times the twins' figures two distributions may differ by; None: too few to know one."""
+        return MARGINS.get(min(len(self.runs), max(MARGINS)))
 
     @cached_property
     def pairs(self) -> list[dict[str, Quantity]]:
         """Every two of them, by quantity."""
         return [{q.label: q for q in quantities(a, b)} for a, b in combinations(self.records, 2)]
 
+    @cached_property
+    def grown(self) -> dict[Family, list[float]]:
+        """How far right runs may have come apart by each step: families → deviations in bands.
+
+        When rounding first tips a choice of experts is chance, and may be earlier than between any two twins;
+        how it grows from there is the run's. So each pair counts twice: as it is, and as if it had begun
+        to part in the first step.
+        """
+        grown: dict[Family, list[float]] = {}
+        for pair in self.pairs:
+            for family, apart in self._in_bands(pair).items():
+                onset = _onset(self._in_bands(pair).get("norms", apart))
+                earlier = [*apart[onset:], *[apart[-1]] * onset]
+                so_far = grown.get(family, [0.0] * len(apart))
+                grown[family] = [max(step) for step in zip(so_far, apart, earlier, strict=True)]
+        return grown
+
+    def _in_bands(self, pair: Mapping[str, Quantity]) -> dict[Family, list[float]]:
+        """The largest deviation of a family's quantities up to each step, in bands."""
+        apart: dict[Family, list[float]] = {}
+        for quantity in pair.values():
+            family, band = FAMILIES[quantity.kind], self.limits.band(quantity.kind)
+            relative = [0.0 if math.isnan(r) else r / band for r in quantity.distance.relative]
+            apart[family] = list(map(max, apart.get(family, relative), relative))
+        return {family: list(accumulate(deviations, max)) for family, deviations in apart.items()}
+
     def spread(self, label: str) -> list[float]:
         """The largest deviation between any two, by step; nan where none has a number."""
         found = [pair[label].distance.relative for pair in self.pairs if label in pair]
-        return [
-            max((r for r in step if not math.isnan(r)), default=math.nan) for step in zip(*found, strict=True)
-        ]
-
-    def reached(self, label: str) -> list[float]:
-        """The largest spread up to each step: what rounding has grown to by then."""
-        return list(accumulate((0.0 if math.isnan(s) else s for s in self.spread(label)), max))
+        by_step = zip(*found, strict=True)
+        return [max((r for r in step if not math.isnan(r)), default=math.nan) for step in by_step]
 
     def values(self, label: str) -> Sequence[float | None]:
         """The quantity in the last of them, by step; nothing where it was not recorded."""
         return self.pairs[-1][label].distance.second if label in self.pairs[-1] else ()
 
-    def strangers_at(self, kind: Kind, label: str) -> int:
-        """Index of the first step at which two of them have nothing in common; the number of steps if never."""
-        reached = self.reached(label)
-        return next((i for i, r in enumerate(reached) if r >= STRANGERS[kind]), len(reached))
-
     @property
     def growth(self) -> float | None:
-        """By what factor the spread of the loss grows in a step; None where it never shows or never grows."""
-        reached, until = self.reached("loss"), self.strangers_at("loss", "loss")
-        begin = next((i for i, r in enumerate(reached) if r > 0), len(reached))
-        last = min(until, len(reached) - 1)
-        return (reached[last] / reached[begin]) ** (1 / (last - begin)) if last > begin else None
+        """By what factor the norms' spread grows in a step, from its onset until it is as large as they are.
+
+        None where it never shows.
+        """
+        apart = self.grown.get("norms", [])
+        last = next(
+            (i for i, r in enumerate(apart) if r * self.limits.norm >= STRANGERS["norms"]), len(apart) - 1
+        )
+        return (apart[last] / apart[0]) ** (1 / last) if last > 0 and apart[0] >= ONSET else None
+
+
+def _onset(norms: Sequence[float]) -> int:
+    """Index of the first step at which a choice of experts differs; 0 where none does."""
+    return next((i for i, apart in enumerate(norms) if apart >= ONSET), 0)
 
 
 def twins_of(
-    first: Run, second: Run, given: Sequence[Path], steps: list[int], notes: list[str]
+    first: Run,
+    second: Run,
+    given: Sequence[Path],
+    steps: list[int],
+    limits: Thresholds,
+    notes: list[str],
 ) -> Twins | None:
     """The twins to judge two runs by: those given, or those that lie beside one of the two.
 
@@ -100,7 +142,7 @@ def twins_of(
     if len(together) < 2:
         notes.append("one twin made in another way than both runs shows no spread: train a second one")
         return None
-    return Twins(together, [run.at(steps) for run in together])
+    return Twins(together, [run.at(steps) for run in together], limits)
 
 
 def _beside(first: Run, second: Run) -> Iterator[Path]:
