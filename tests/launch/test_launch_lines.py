@@ -25,7 +25,7 @@ LAUNCHERS = ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_
 def line(program):
     """The words of the README's line that starts ``program`` on several machines."""
     lines = [text for text in README.read_text().splitlines() if text.startswith(f"{program} --n")]
-    (words,) = [shlex.split(text) for text in lines if "nodes" in text]
+    (words,) = [shlex.split(text) for text in lines if "nodes" in text and "7b_moe4" in text]
     return words
 
 

@@ -1,17 +1,20 @@
 """One command a machine: the variables of the environment, and two such commands that train one run."""
 
+import shlex
 import sys
 
 import pytest
 from click.testing import CliRunner
 from free_port import free_port
 from test_launch import SLURM, TORCHRUN, without
-from test_launch_lines import assert_trained, small, start
+from test_launch_lines import README, assert_trained, small, start
 
+import portmoe
 from portmoe.cli.train import train
 from portmoe.errors import BackendError, ConfigError
 from portmoe.launch.nodes import Nodes, nodes_of
 from portmoe.launch.ranks import detect, machine_of
+from portmoe.parallel.layout import Layout
 
 NODES = {"NPROC_PER_NODE": "8", "NNODES": "8", "PORT": "29600", "ADDR": "head", "NODE_RANK": "3"}
 PLACE = Nodes(count=8, rank=3, address="head", port=29600, processes=8)
@@ -108,6 +111,21 @@ def test_two_numbers_of_processes_that_disagree():
     outcome = CliRunner(env=NODES).invoke(train, ["--nproc", "4"])
     assert outcome.exit_code == 2
     assert "--nproc 4 and NPROC_PER_NODE=8 in the environment disagree" in outcome.output
+
+
+def test_the_readmes_lines_for_64_cards():
+    """What they set, and a config that 64 ranks can train."""
+    lines = [shlex.split(text) for text in README.read_text().splitlines() if "--config deepseek_v2 " in text]
+    srun, machine = (words for words in lines if words[0] in ("srun", "NPROC_PER_NODE=8"))
+    assert srun[1:4] == ["--nodes=8", "--gres=gpu:8", "--ntasks-per-node=8"]
+    variables = dict(word.split("=") for word in machine[: machine.index("portmoe")])
+    assert nodes_of(variables) == Nodes(8, 0, "HEAD", 29600, 8)
+    for words in (srun, machine):
+        command = words[words.index("portmoe") :]
+        assert command[:4] == ["portmoe", "train", "--config", "deepseek_v2"]
+        config = portmoe.load_config("deepseek_v2", command[5::2])
+        assert config.expert_shard == 20
+        assert Layout.plan(config, 64).data == 64
 
 
 def test_two_commands_train_one_run(tmp_path):
