@@ -103,6 +103,27 @@ class Weights:
         write_whole(kept / KEPT_DTYPES, json_text({"most": most, "others": others}, indent=1))
 
 
+def require_folder(config: Config, rank: int, broadcast: Callable[[Any], Any]) -> None:
+    """Look at the folder of ``model.from_pretrained``, if any, before memory is taken for its model.
+
+    Args:
+        broadcast: takes any picklable object and returns rank 0's on every rank.
+
+    Raises:
+        ConfigError: it is broken or of another model.
+    """
+    if config.model.from_pretrained is None:
+        return
+    problem = None
+    if rank == 0:
+        try:
+            Weights.of(config)
+        except ConfigError as error:
+            problem = error
+    if problem := broadcast(problem):
+        raise problem
+
+
 def begin_at_folder(config: Config, run: Path, engine: Engine, group: dist.ProcessGroup) -> None:
     """Put the engine at the weights of ``model.from_pretrained``. Collective.
 

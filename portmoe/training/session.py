@@ -32,6 +32,7 @@ from portmoe.record.run_directory import ENVIRONMENT, Data, RunDirectory
 from portmoe.record.writers import Writers
 from portmoe.training.engine import Engine
 from portmoe.training.engines import build_engine
+from portmoe.training.hub import require_folder
 from portmoe.training.operations import choose_operations
 from portmoe.training.starting_point import Progress, starting_point
 from portmoe.training.twin import begin_apart
@@ -130,6 +131,8 @@ def _opened(
     accelerator.device.seed(config.run.seed)
     run = RunDirectory.open(config, config_name, data, ranks.rank, _broadcast)
     stack.push(run)
+    if not run.resuming:
+        require_folder(config, ranks.rank, _broadcast)
     interrupt = stack.enter_context(Interrupt())
     notes = [*default_model(config), *no_effect_notes(config)]
     if run.warning:
