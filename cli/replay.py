@@ -123,7 +123,7 @@ def _recompute(config: "Config", recorded: "Recorded", backend: str, launcher: s
 def _show(found: "Replay", out: Path) -> None:
     from portmoe.verify.replay import report
 
-    click.echo(report.text(found))
+    click.echo(f"{report.text(found)}\n{report.what_next(found)}")
     try:
         report.write(found, out)
     except OSError as error:

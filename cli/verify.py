@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from portmoe.accelerator.discovery import prepare
+from portmoe.cli.first_line import announce
 from portmoe.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def verify(run: Path, backend: str | None, out: Path | None) -> None:
     Its files against each other, against the hashes written with them, and against what follows from its
     config: schedules, batches, counts and sums. Ends with exit code 4 if anything does not fit.
     """
+    announce(f"verify {run}" + (f", and replay steps of it on {backend}" if backend else ""))
     prepare(backend or "cpu")
     from portmoe.verify.evidence import report
     from portmoe.verify.evidence.verify import verify as check

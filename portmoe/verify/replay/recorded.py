@@ -13,7 +13,7 @@ from portmoe.config.sections.data import parse_step_ranges
 from portmoe.errors import ConfigError
 from portmoe.record.chain import CHAIN, START, read_chain
 from portmoe.record.run_directory import CONFIG, checkpoints_of, first_difference
-from portmoe.verify.runs.comparison import Run, read_run
+from portmoe.verify.runs.recorded import Run, read_run
 
 # Of the machine and the layout that the run had; a replay elsewhere has its own.
 LAYOUT = ("parallel={}", "model.num_chunks=1", "trainer={}")

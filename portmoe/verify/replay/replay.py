@@ -8,7 +8,7 @@ from portmoe.result import Result
 from portmoe.verify.replay.bands import bands_of
 from portmoe.verify.replay.judge import judge
 from portmoe.verify.replay.recorded import Recorded
-from portmoe.verify.runs.comparison import Run, read_run
+from portmoe.verify.runs.recorded import Run, read_run
 
 RECORD = "replayed"  # below --out: the run directory of the steps made again
 

@@ -1,10 +1,12 @@
 """A replay as text, as JSON and as a page."""
 
+import shlex
 from pathlib import Path
 
 from portmoe.files import json_text, write_whole
 from portmoe.record import page
 from portmoe.record.origin import of_report
+from portmoe.record.run_directory import CONFIG
 from portmoe.result import Result
 from portmoe.verify.replay.replay import Replay
 
@@ -21,6 +23,14 @@ def verdict(found: Replay) -> str:
     if first is None:
         return "nothing was compared"
     return f"{first.subject} differs from the record, first in: {first.name} ({first.detail})"
+
+
+def what_next(found: Replay) -> str:
+    """The command that follows, by what was found."""
+    run = shlex.quote(str(found.recorded.run.path))
+    if found.passed:
+        return f"next: portmoe report {run}"
+    return f"next: portmoe bisect --backend {found.made.backend} --config {run}/{CONFIG}"
 
 
 def text(found: Replay) -> str:

@@ -16,8 +16,8 @@ from portmoe.backends.npu.ops import FUSED, LAST
 from portmoe.ops import OPERATIONS
 from portmoe.record.progress import Progress
 from portmoe.record.terminal import terminal
-from portmoe.verify.backend.conformance import check_operation
 from portmoe.training.run import train
+from portmoe.verify.backend.conformance import check_operation
 from portmoe.verify.bisect.bisect import bisect
 from portmoe.verify.replay import report
 from portmoe.verify.replay.recompute import recompute
