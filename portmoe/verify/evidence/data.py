@@ -17,11 +17,13 @@ from portmoe.verify.evidence.directory import Directory
 from portmoe.verify.evidence.steps import tokens_per_step
 
 PART = "data"
-MOST_STEPS = 200  # that are drawn again, spread over the run
+# Of what is drawn again, spread over the run.
+MOST_STEPS, MOST_TOKENS = 200, 2**25
+FEWEST_STEPS = 8
 
 
 def check_batches(directory: Directory, walked: Walk) -> Iterator[Result]:
-    """Draw the global batches of up to 200 steps again and hold their checksums and counts to the record."""
+    """Draw the global batches of some steps again and hold their checksums and counts to the record."""
     config, fingerprint = directory.config, directory.environment.get("data")
     records = [record for _, record in directory.records]
     if config is None or not records:
@@ -48,7 +50,8 @@ def check_batches(directory: Directory, walked: Walk) -> Iterator[Result]:
             yield _skipped(f"the data here is other data: {described(found)}, and the run had {there}")
             return
         unlike = 0
-        chosen = lines[:: max(1, -(-len(lines) // MOST_STEPS))]
+        most = max(FEWEST_STEPS, min(MOST_STEPS, MOST_TOKENS // tokens_per_step(records)))
+        chosen = lines[:: max(1, -(-len(lines) // most))]
         for line, record in chosen:
             if apart := _apart(record, stream):
                 unlike += 1

@@ -17,10 +17,16 @@ CHANGE, LOAD = "weight_change/", "expert_load/"
 SCHEDULE = {"lr": "learning rate", "adam_beta2": "beta2", "loss_scale": "loss scale"}
 
 
-def judge(recorded: Record, made: Record, bands: Bands) -> Iterator[Result]:
-    """Yield one result per quantity, the first of which that fails is where the two part."""
+def judge(recorded: Record, made: Record, bands: Bands, scaled_alike: bool = True) -> Iterator[Result]:
+    """Yield one result per quantity, the first of which that fails is where the two part.
+
+    Args:
+        scaled_alike: both or neither scaled their loss, as float16 does.
+    """
     judged = _Judged(recorded, made, f"step {recorded['step']}")
     for key, name in SCHEDULE.items():
+        if key == "loss_scale" and not scaled_alike:
+            continue
         yield judged.numbers("schedule", name, {key: key}, bands.exact)
     yield judged.data()
     yield judged.numbers("forward", "loss", {"loss": "loss"}, bands.loss)

@@ -52,6 +52,11 @@ def read_recorded(path: Path, overrides: Sequence[str] = (), wanted: str | None 
     """
     run = read_run(path)
     config = load_config(path / CONFIG, overrides)
+    if not config.ckpt.save_optimizer:
+        raise ConfigError(
+            f"the checkpoints of {str(path)!r} hold weights alone (ckpt.save_optimizer=false), and a step "
+            "needs the optimizer's moments; train with ckpt.save_optimizer=true"
+        )
     checkpoints = path / "checkpoints"
     if not complete_steps(checkpoints):
         checkpoints = checkpoints_of(path, config)

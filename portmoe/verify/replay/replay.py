@@ -46,12 +46,13 @@ def replay_of(recorded: Recorded, out: Path) -> Replay:
 
 
 def _results(recorded: Recorded, made: Run) -> Iterator[Result]:
-    bands = bands_of({recorded.run.config.model.dtype, made.config.model.dtype})
+    dtypes = {recorded.run.config.model.dtype, made.config.model.dtype}
+    bands, scaled_alike = bands_of(dtypes), len(dtypes) == 1 or "float16" not in dtypes
     before = {record["step"]: record for record in recorded.run.steps}
     after = {record["step"]: record for record in made.steps}
     for step in recorded.starts.values():
         if step in after:
-            yield from judge(before[step], after[step], bands)
+            yield from judge(before[step], after[step], bands, scaled_alike)
         else:
             yield Result(
                 "fail", "completes", "the step was not made", subject=f"step {step}", part="schedule"

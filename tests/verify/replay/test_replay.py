@@ -175,6 +175,11 @@ def test_what_cannot_be_replayed_is_refused_by_name(recorded, tmp_path, wanted, 
         config_of_replay(read_recorded(recorded, (), wanted), tmp_path, "cpu", 1, None, overrides)
 
 
+def test_checkpoints_of_weights_alone_are_refused(recorded):
+    with pytest.raises(ConfigError, match=r"hold weights alone \(ckpt\.save_optimizer=false\)"):
+        read_recorded(recorded, ["ckpt.save_optimizer=false"])
+
+
 def test_a_run_without_checkpoints_says_how_to_leave_them(recorded, tmp_path):
     run = shutil.copytree(recorded, tmp_path / "run", ignore=shutil.ignore_patterns("step-*"))
     with pytest.raises(ConfigError, match=r"has no checkpoint .* train with ckpt\.keep_steps"):
