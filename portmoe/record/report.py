@@ -120,15 +120,14 @@ def end_summary(
     if dummy_data:
         verdict = acceptance.judge([loss for step, loss in losses.items() if step >= acceptance.FIRST_STEP])
     rows = {
-        reason: f"{len(losses):,} steps made, to step {last['step']}, in {duration(seconds)}",
         "loss": _curve(list(losses.values())),
         "speed": _speed(last, ranks),
         "accepted": verdict.text if verdict else "",
         "drops": _drops(last),
         "run": str(directory),
     }
-    width = max(len("accepted"), *(len(name) for name in rows if name != reason))
-    lines = [f"{reason}: {rows.pop(reason)}"]
+    width = max(map(len, rows))
+    lines = [f"{reason} after step {last['step']} in {duration(seconds)}"]
     lines += [f"{name:<{width}} {text}" for name, text in rows.items() if text]
     lines += [
         f"{'next' if not row else '':<{width}} {step}" for row, step in enumerate(_next(directory, again))

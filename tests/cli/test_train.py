@@ -80,7 +80,7 @@ def test_a_run_that_is_not_accepted_ends_with_4_where_that_is_required(tmp_path)
         "accepted FAILED (loss < 0.325 at every step from 50 on): at 2 of 2 steps",
         f"tensorboard --logdir {tmp_path}/run/tensorboard",
         f"run      {tmp_path}/run",
-        "finished: 52 steps made, to step 51, in ",
+        "finished after step 51 in ",
     ):
         assert part in done.stdout
     log = (tmp_path / "run" / "train.log").read_text()

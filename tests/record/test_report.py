@@ -99,7 +99,7 @@ class TestEndSummary:
         run = tmp_path / "a run"
         run.mkdir()
         text = self.summary(run, [2.0, 1.0], dropped_token_rate=0.125, inf_nan_skip_batches=3).text
-        assert text.startswith("finished: 2 steps made, to step 1, in 0:01:15\n")
+        assert text.startswith("finished after step 1 in 0:01:15\n")
         assert "loss     2.0000 → 1.0000  █▁\n" in text
         assert "speed    180.0 tok/s over all time (90.0 each of 2 ranks), 200.0 in the last steps" in text
         assert "12.50% of the assignments to experts in the last step; 3 steps were skipped" in text
