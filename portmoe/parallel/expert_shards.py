@@ -28,6 +28,10 @@ from portmoe.model.experts import Experts
 from portmoe.model.precision import local_tensor
 from portmoe.parallel.mesh import Meshes
 
+# torch 2.13 has new names for them, and warns of the old ones.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def shard(model: Decoder, meshes: Meshes, size: int) -> None:
     """Let every layer with experts of ``model``, on the meta device, compute ``size`` of them at a time."""
@@ -154,7 +158,7 @@ class _Shard:
         all_PN = own_N[None]
         if self._shards is not None:
             all_PN = own_N.new_empty(self._parts, len(own_N))
-            dist.all_gather_into_tensor(all_PN.view(-1), own_N, self._shards)
+            _all_gather(all_PN.view(-1), own_N, self._shards)
         for piece, part_PN, whole in zip(self._pieces, self._by_piece(all_PN), self.whole(), strict=True):
             piece.join(part_PN, whole)
 
@@ -178,7 +182,7 @@ class _Shard:
         mean_N = all_PN[0]
         if self._shards is not None:
             mean_N = all_PN.new_empty(width)
-            dist.reduce_scatter_tensor(mean_N, all_PN.flatten(), group=self._shards)
+            _reduce_scatter(mean_N, all_PN.flatten(), group=self._shards)
         for group in self._replicas:
             dist.all_reduce(mean_N, group=group)
         mean_N /= self._ranks

@@ -30,10 +30,10 @@ def counted(directory, *overrides) -> tuple[list[dict[str, int]], int]:
     """Collectives of each step, by name, and the number of parameter groups; runs on a rank."""
     steps, groups, original = [], 0, NativeEngine.train_step
 
-    def train_step(engine, *args):
+    def train_step(engine, *args, **keywords):
         nonlocal groups
         with Collectives() as collectives:
-            outcome = original(engine, *args)
+            outcome = original(engine, *args, **keywords)
         steps.append(dict(collectives.counts))
         groups = sum(isinstance(module, FSDPModule) for module in engine.model.modules())
         return outcome

@@ -55,12 +55,12 @@ def ordered(directory, *overrides) -> list[tuple[str, int, int]]:
 
         setattr(stage, f"{kind}_one_chunk", call)
 
-    def train_step(engine, *args):
+    def train_step(engine, *args, **keywords):
         schedule = engine._pipeline._training
         for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
             recorded("forward", stage)
             recorded("backward", stage)
-        return original(engine, *args)
+        return original(engine, *args, **keywords)
 
     NativeEngine.train_step = train_step
     try:

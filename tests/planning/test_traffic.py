@@ -35,6 +35,10 @@ LAYOUTS = {
     "dp2": (2, []),
     "dp4 subsets": (4, ["parallel.zero1.size=2", *LAYERS4]),
     "dp2 fsdp": (2, [FSDP, *MIXED]),
+    "dp2 experts one at a time, recomputed": (
+        2,
+        [FSDP, NO_EP, "moe.moe_implementation=shard", "moe.expert_in_one_shard=1", "model.checkpoint=0.5"],
+    ),
     "dp2 bfloat16": (2, [BF16, "data.total_steps=2"]),
     "pp2 recomputed": (2, [PP2, "model.checkpoint=0.5", *LAYERS4]),
     "pp4": (4, [PP4, *LAYERS4]),
@@ -71,9 +75,9 @@ def communicated(directory, *overrides) -> list[tuple[str, str, int, int]]:
         built.append(build(*args))
         return built[0]
 
-    def train_step(engine, *args):
+    def train_step(engine, *args, **keywords):
         with Counted() as counted:
-            outcome = original(engine, *args)
+            outcome = original(engine, *args, **keywords)
         steps.append(list(counted.traffic.rows(built[0])))
         return outcome
 
