@@ -58,6 +58,7 @@ class LazyGroup(click.Group):
         "validate": ("portmoe.cli.validate:validate", "Show that a backend computes what it must."),
         "compare": ("portmoe.cli.compare:compare", "Compare two runs of one config."),
         "replay": ("portmoe.cli.replay:replay", "Compute recorded steps again, from their checkpoints."),
+        "report": ("portmoe.cli.report:report", "Check a run against a benchmark's rules, for filing."),
         "verify": ("portmoe.cli.verify:verify", "Check a run directory that someone else has made."),
         "bisect": ("portmoe.cli.bisect:bisect", "Name the first operation a backend computes wrong."),
         "model": ("portmoe.cli.model:model", "Tell what a folder of the hub is, and what training it takes."),

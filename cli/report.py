@@ -1,0 +1,40 @@
+"""``portmoe report``."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from portmoe.errors import TrainingError
+
+
+@click.command()
+@click.argument("run", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--against",
+    default="7b_moe4",
+    show_default=True,
+    metavar="BENCHMARK",
+    help="The config the rules are about: a YAML file, or the name of a packaged one.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=None,
+    help="Directory for acceptance.html and acceptance.json.  [default: RUN]",
+)
+def report(run: Path, against: str, out: Path | None) -> None:
+    """Check a run against a benchmark's rules, one by one, and file what an organiser needs.
+
+    Ends with exit code 4 if a rule is broken, or a fact missing or contradicted by another.
+    """
+    from portmoe.config.read import load_config
+    from portmoe.verify.acceptance import report as pages
+    from portmoe.verify.acceptance.findings import examine
+
+    found = examine(run, load_config(against), against)
+    click.echo(pages.text(found))
+    click.echo(", ".join(map(str, pages.write(found, out or run))))
+    click.echo(f"next: portmoe verify {run}, by whoever did not make the run")
+    if not found.passed:
+        sys.exit(TrainingError.exit_code)
