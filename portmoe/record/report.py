@@ -122,7 +122,7 @@ def end_summary(
     rows = {
         "loss": _curve(list(losses.values())),
         "speed": _speed(last, ranks),
-        "accepted": verdict.text if verdict else "",
+        "acceptance": verdict.text if verdict else "",
         "drops": _drops(last),
         "run": str(directory),
     }

@@ -38,7 +38,7 @@ class Column:
 COLUMNS = (
     Column("step", 7, 0, lambda row: str(row.record["step"])),
     Column("loss", 8, 0, lambda row: _number(row.record.get("loss"), ".4f")),
-    Column("grad norm", 9, 3, lambda row: _number(total_norm(row.record), ".3g")),
+    Column("grad norm", 9, 3, lambda row: _number(total_norm(row.record), "#.3g")),
     Column("lr", 8, 4, lambda row: _number(row.record.get("lr"), ".2e")),
     Column("tok/s", 9, 1, lambda row: _number(row.tokens_per_second, ",.0f")),
     Column("memory", 8, 5, lambda row: memory(row.record.get("peak_memory"))),

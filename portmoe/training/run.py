@@ -164,10 +164,10 @@ def _facts(session: Session, ranks: str) -> RunFacts:
     config, machine = session.config, session.machine
     parameters, model = count_parameters(config), config.architecture
     networks = sorted({f"{layer.count} experts top {layer.gate.top_k}" for layer in model.expert_layers})
-    done = session.progress.step
+    done, plural = session.progress.step, "s" * (len(model.layers) > 1)
     return RunFacts(
         config=session.config_name,
-        model=f"{len(model.layers)} layers of {model.hidden}, {' or '.join(networks) or 'dense'}",
+        model=f"{len(model.layers)} layer{plural} of {model.hidden}, {' or '.join(networks) or 'dense'}",
         backend=machine.accelerator.name,
         device=machine.accelerator.device.name(),
         layout=str(machine.layout),

@@ -77,9 +77,9 @@ def test_a_run_that_is_not_accepted_ends_with_4_where_that_is_required(tmp_path)
     assert [row[0] for row in rows if row and row[0].isdigit()] == ["0", "19", "39", "51"]
     assert "error: the benchmark does not accept this run" in done.stdout
     for part in (
-        "accepted FAILED (loss < 0.325 at every step from 50 on): at 2 of 2 steps",
+        "acceptance FAILED (loss < 0.325 at every step from 50 on): at 2 of 2 steps",
         f"tensorboard --logdir {tmp_path}/run/tensorboard",
-        f"run      {tmp_path}/run",
+        f"run        {tmp_path}/run",
         "finished after step 51 in ",
     ):
         assert part in done.stdout

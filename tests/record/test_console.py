@@ -63,7 +63,8 @@ def test_a_terminal_of_80_columns_shows_all_figures_above_one_bar(screen, monkey
         "time",
         "left",
     ]
-    assert above[2].split() == ["0", "6.9379", "5", "6.67e-04", "12,000", "379", "MiB", "0:00:06", "0:03:54"]
+    figures = ["0", "6.9379", "5.00", "6.67e-04", "12,000", "379", "MiB", "0:00:06", "0:03:54"]
+    assert above[2].split() == figures
     assert [line.split()[0] for line in above[3:5]] == ["1", "2"]
     assert above[5:] == ["SIGINT: finishing this step and saving"]
     assert bar.startswith("3/40 steps ━━")

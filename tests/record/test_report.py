@@ -100,10 +100,10 @@ class TestEndSummary:
         run.mkdir()
         text = self.summary(run, [2.0, 1.0], dropped_token_rate=0.125, inf_nan_skip_batches=3).text
         assert text.startswith("finished after step 1 in 0:01:15\n")
-        assert "loss     2.0000 → 1.0000  █▁\n" in text
-        assert "speed    180.0 tok/s over all time (90.0 each of 2 ranks), 200.0 in the last steps" in text
+        assert "loss       2.0000 → 1.0000  █▁\n" in text
+        assert "speed      180.0 tok/s over all time (90.0 each of 2 ranks), 200.0 in the last steps" in text
         assert "12.50% of the assignments to experts in the last step; 3 steps were skipped" in text
-        assert "next     portmoe train --name x\n         tensorboard" in (
+        assert "next       portmoe train --name x\n           tensorboard" in (
             end_summary(run, 1.0, True, "stopped by SIGINT", again="portmoe train --name x").text
         )
         commands = [line for line in text.splitlines() if "tensorboard --logdir" in line]
@@ -129,7 +129,7 @@ class TestEndSummary:
     def test_does_not_apply_to_other_data(self, tmp_path):
         summary = self.summary(tmp_path, [0.1] * 60, dummy_data=False)
         assert summary.verdict is None
-        assert "accepted" not in summary.text
+        assert "acceptance" not in summary.text
 
     def test_a_run_without_a_step(self, tmp_path):
         assert "before the first step" in self.summary(tmp_path, []).text
