@@ -89,14 +89,19 @@ def samples(workload: Workload, generator: torch.Generator) -> Sequence[Sample]:
 
     experts = workload.experts
     k = min(workload.top_k, experts)  # expert parallelism may leave a rank fewer than k
+
+    def normalised(logits_SE: torch.Tensor) -> torch.Tensor:
+        # A single choice weighs 1 whatever its logit: what gradient there is, is rounding alone.
+        return logits_SE.detach().requires_grad_(k > 1)
+
     made = [
         Sample("the plain scores", (logits(), k)),
-        Sample("normalised", (logits(), k), {"normalise": True}),
+        Sample("normalised", (normalised(logits()), k), {"normalise": True}),
         Sample("scaled", (logits(), k), {"scale": 16.0}),
         Sample("ties", (logits().detach().round().requires_grad_(), k)),
         Sample("a capacity that is rounded up", (logits(), k), {"capacity_factor": 0.7}),
         Sample("the least capacity", (logits(), k), {"capacity_factor": 0.1, "min_capacity": 3}),
-        Sample("large logits", ((logits().detach() + 1000).requires_grad_(), k), {"normalise": True}),
+        Sample("large logits", (normalised(logits().detach() + 1000), k), {"normalise": True}),
     ]
     groups = next((n for n in (8, 4, 2) if experts % n == 0 and n < experts), 1)
     kept = min(groups, max(1, groups // 2, -(-k * groups // experts)))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from gating_oracle import ranked, softmax
 
-from portmoe.ops import softmax_gating
+from portmoe.ops import OPERATIONS, softmax_gating
+from portmoe.verify.backend.conformance import check_operation
 
 S, E = 61, 12
 CASES = {
@@ -19,6 +20,7 @@ CASES = {
     "a capacity": (3, {"capacity_factor": 0.8, "normalise": True}),
     "a least capacity": (2, {"capacity_factor": 0.1, "min_capacity": 5}),
 }
+ONE_CHOICE = ("few tokens, many experts",)  # of the shapes validate draws
 
 
 def oracle(
@@ -90,3 +92,11 @@ def test_no_token_and_what_does_not_fit():
     ):
         with pytest.raises(ValueError, match="k="):
             softmax_gating(torch.zeros(3, E), k, **options)
+
+
+def test_the_reference_itself_conforms_where_a_token_has_one_choice():
+    """Normalised, a single choice weighs 1: its logits' gradient is rounding, which no sample may ask for."""
+    found = check_operation(
+        OPERATIONS["softmax_gating"], [], torch.device("cpu"), 0, (torch.float32,), ONE_CHOICE
+    )
+    assert [(check.name, check.detail) for check in found if check.status == "fail"] == []
