@@ -16,7 +16,7 @@ import torch
 from portmoe.errors import TrainingError
 
 BLOCK_BYTES = 4 << 20  # of a file, in memory at once
-PAGE_BYTES = 4096  # parts of rows that are smaller are read with what lies between them, as a disk would
+APART_BYTES = 256  # parts of rows that are smaller are read with what lies between them: fewer calls
 
 Box = tuple[slice, ...]  # for every dimension a slice with start and stop
 
@@ -73,14 +73,17 @@ class StoredArray:
         """
         descriptor, item = files.descriptor(self.path), self.dtype.itemsize
         for start, width, columns, block in self._blocks(box, into):
-            apart = width > block.shape[1] and block.shape[1] * item >= PAGE_BYTES
+            own = block.shape[1] * item
+            apart = width > block.shape[1] and own >= APART_BYTES
             staged = torch.empty(block.shape[0], block.shape[1] if apart else width, dtype=self.dtype)
+            raw = _bytes(staged)
             if apart:
-                for line, row in enumerate(staged):
-                    self._get(descriptor, row, start + (line * width + columns.start) * item)
+                for line in range(block.shape[0]):
+                    place = start + (line * width + columns.start) * item
+                    self._get(descriptor, raw[line * own : (line + 1) * own], place)
                 block.copy_(staged)
             else:
-                self._get(descriptor, staged, start)
+                self._get(descriptor, raw, start)
                 block.copy_(staged[:, columns])
 
     def write(self, files: Files, box: Box, values: torch.Tensor) -> None:
@@ -91,12 +94,13 @@ class StoredArray:
         """
         descriptor, item = files.descriptor(self.path), self.dtype.itemsize
         for start, width, columns, block in self._blocks(box, values):
-            staged = block.to("cpu", self.dtype).contiguous()
+            raw, own = _bytes(block.to("cpu", self.dtype).contiguous()), block.shape[1] * item
             if width == block.shape[1]:
-                _put(descriptor, staged, start)
+                _put(descriptor, raw, start)
                 continue
-            for line, row in enumerate(staged):
-                _put(descriptor, row, start + (line * width + columns.start) * item)
+            for line in range(block.shape[0]):
+                place = start + (line * width + columns.start) * item
+                _put(descriptor, raw[line * own : (line + 1) * own], place)
 
     def _blocks(self, box: Box, values: torch.Tensor) -> Iterator[tuple[int, int, slice, torch.Tensor]]:
         """Some rows of a matrix: (byte where the first begins, width, columns of the box, their values)."""
@@ -118,8 +122,7 @@ class StoredArray:
                 start = self.offset + (number * height + first) * width * self.dtype.itemsize
                 yield start, width, columns, matrix[first - rows.start :][:lines]
 
-    def _get(self, descriptor: int, into: torch.Tensor, start: int) -> None:
-        left = memoryview(into.view(-1).view(torch.uint8).numpy())
+    def _get(self, descriptor: int, left: memoryview, start: int) -> None:
         while left:
             count = os.preadv(descriptor, [left], start)
             if not count:
@@ -127,8 +130,12 @@ class StoredArray:
             left, start = left[count:], start + count
 
 
-def _put(descriptor: int, values: torch.Tensor, start: int) -> None:
-    left = memoryview(values.view(-1).view(torch.uint8).numpy())
+def _bytes(values: torch.Tensor) -> memoryview:
+    """The memory of contiguous ``values``, to read into and to write from."""
+    return memoryview(values.view(-1).view(torch.uint8).numpy())
+
+
+def _put(descriptor: int, left: memoryview, start: int) -> None:
     while left:
         count = os.pwritev(descriptor, [left], start)
         left, start = left[count:], start + count

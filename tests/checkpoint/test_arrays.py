@@ -10,7 +10,7 @@ from portmoe.errors import TrainingError
 
 # Small, so that every way of reading and writing is taken: whole rows, parts of them apart, and parts that
 # are read with what lies between.
-PAGE, BLOCK = 16, 96
+APART, BLOCK = 16, 96
 
 BOXES = {
     (11,): [(0, 11), (3, 9), (5, 5)],
@@ -22,7 +22,7 @@ CASES = [(shape, box) for shape, boxes in BOXES.items() for box in boxes]
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(arrays, "PAGE_BYTES", PAGE)
+    monkeypatch.setattr(arrays, "APART_BYTES", APART)
     monkeypatch.setattr(arrays, "BLOCK_BYTES", BLOCK)
 
 
@@ -74,8 +74,8 @@ def test_a_file_that_has_become_shorter_is_an_error_that_names_it(tmp_path):
 
 
 def test_only_the_bytes_of_a_box_are_read(tmp_path, monkeypatch):
-    """Rows that are whole, and parts of rows that are longer than a page."""
-    monkeypatch.setattr(arrays, "PAGE_BYTES", 4096)
+    """Rows that are whole, and parts of rows that are longer than the bound."""
+    monkeypatch.setattr(arrays, "APART_BYTES", 8192)
     _, array = stored(tmp_path / "a", (32, 8192), torch.float32)
     count = []
     preadv = arrays.os.preadv
