@@ -1,22 +1,38 @@
 """Options that several commands share."""
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import click
 
 from portmoe.cli import completions
+from portmoe.config.pretrained import KEY
+from portmoe.config.read import FROM_FOLDER
+
+TINY = "tiny_moe4.yaml"
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def config_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """--config and --set, as ``config_file`` and ``overrides``."""
+    """--config and --set, as ``config_file`` and ``overrides``.
+
+    Without --config it is the tiny one, or, where a folder is to give the model, nothing but the overrides.
+    """
+
+    @wraps(function)
+    def with_file(*args: Any, config_file: str | None, overrides: tuple[str, ...], **options: Any) -> Any:
+        if config_file is None:
+            of_a_folder = any(override.partition("=")[0].strip() == KEY for override in overrides)
+            config_file = FROM_FOLDER if of_a_folder else TINY
+        return function(*args, config_file=config_file, overrides=overrides, **options)
+
     name = click.option(
         "--config",
         "config_file",
-        default="tiny_moe4.yaml",
-        show_default=True,
+        default=None,
+        show_default=TINY,
         metavar="FILE",
         shell_complete=completions.configs,
         help="A YAML file, or the name of a packaged config (tiny_moe4, 7b_moe4).",
@@ -29,7 +45,7 @@ def config_options(function: Callable[..., Any]) -> Callable[..., Any]:
         shell_complete=completions.keys,
         help="Override a key, as in --set moe.top_k=1. May be repeated.",
     )
-    return name(overrides(function))
+    return name(overrides(with_file))
 
 
 def backend_option(help_text: str) -> Decorator:

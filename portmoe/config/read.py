@@ -18,6 +18,7 @@ from portmoe.errors import ConfigError
 from portmoe.families.registry import families
 
 PACKAGE = "portmoe.configs"
+FROM_FOLDER = "from_pretrained"  # the packaged config without a key, for a model that a folder gives
 
 
 def load_config(path_or_packaged_name: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -106,6 +107,8 @@ def read_text(source: str, packaged: bool = True) -> str:
     Raises:
         ConfigError: there is none, or it is no text of a config's size.
     """
+    if packaged and source == FROM_FOLDER and not Path(source).is_file():
+        return "{}"
     try:
         with _open(source, packaged_names() if packaged else []) as stream:
             data = stream.read(config_yaml.MAX_BYTES + 1)

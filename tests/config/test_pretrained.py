@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from portmoe.cli.main import run as command
 from portmoe.config.read import dump_config, load_config, parse_config
 from portmoe.costs.parameters import count_parameters
 from portmoe.errors import ConfigError
@@ -333,3 +334,13 @@ def test_a_resolved_config_needs_the_folder_no_more_and_is_held_to_it_where_it_i
     folder(LITE | {"kv_lora_rank": 256})
     with pytest.raises(ConfigError, match=r"model.kv_lora_rank=512, and .* has 256"):
         parse_config(text, "c")
+
+
+def test_a_folder_by_set_alone_is_a_whole_config(folder, capsys):
+    path = folder(LITE)
+    assert command(["config", "--set", f"model.from_pretrained={path}", "--set", "adam.lr=1e-5"]) == 0
+    config = parse_config(capsys.readouterr().out, "c")
+    assert config.architecture == of_folder(path).architecture
+    assert config.adam.lr == 1e-5
+    assert command(["config"]) == 0
+    assert "model_type: INTERNLM_MoE" in capsys.readouterr().out
