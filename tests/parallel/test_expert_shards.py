@@ -131,7 +131,7 @@ def _profiled_peak(decoder, batch):
     return max(totals) - min(totals)
 
 
-@pytest.mark.parametrize("keys", [[], [FULL]])
+@pytest.mark.parametrize("keys", [pytest.param([], marks=pytest.mark.slow), [FULL]])
 def test_peak_memory_follows_how_many(world, keys):
     """Whole weights, their gradients, and these in float32 on their way: 45 experts' bytes less.
 
