@@ -22,7 +22,10 @@ SAME_RUN = [
     "data.valid_every",
     "data.total_steps",
     "data.valid_folder",
+    "run.name",
+    "log",
     "lr_scheduler.total_steps",
+    "model.from_pretrained",  # a folder: what it holds is the architecture's keys and the weights
     "model.checkpoint",
     "model.num_chunks",
     "model.use_flash_attn",
