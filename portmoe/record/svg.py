@@ -1,6 +1,7 @@
 """Plots of values by step, as inline SVG of a page, which colours them; each also says itself in words."""
 
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -50,7 +51,7 @@ def lines(
 
     parts = []
     for tick in _ticks(low, high, log):
-        parts += [across("grid", tick), _text(LEFT - 5, y(tick) + 4, f"{tick:.3g}", "end")]
+        parts += [across("grid", tick), _text(LEFT - 5, y(tick) + 4, _figure(tick), "end")]
     for step in sorted({0, (steps - 1) // 2, steps - 1}):
         at_end = "end" if step and step == steps - 1 else "middle"
         parts.append(_text(x(step), HEIGHT - 6, f"{'step ' * (step == 0)}{first + step}", at_end))
@@ -87,6 +88,13 @@ def _in_words(name: str, values: Values) -> str:
         f"{what}{len(values)} steps from {finite[0]:.3g} to {finite[-1]:.3g}, lowest {min(finite):.3g}, "
         f"highest {max(finite):.3g}{missing}"
     )
+
+
+def _figure(value: float) -> str:
+    """Three digits in as few characters as a tick has room for: 12.6k, 1e-5."""
+    if 1e3 <= abs(value) < 1e6:
+        return f"{value / 1e3:.3g}k"
+    return re.sub(r"e([+-])0", r"e\1", f"{value:.3g}").replace("e+", "e")
 
 
 def _text(x: float, y: float, text: str, align: str) -> str:

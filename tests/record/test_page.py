@@ -134,3 +134,11 @@ def test_a_report_says_who_made_it(monkeypatch):
     assert (made["seed"], made["driver"]) == (3, "1.2")
     assert made["date"].endswith(" UTC")
     assert all(made[key] for key in ("host", "portmoe", "torch", "python", "system"))
+
+
+def test_ticks_are_short_enough_for_their_place():
+    drawn = Read(svg.lines("speed", [("a", [8792.0, 12634.5]), ("b", [12000.0, 9000.0])]))
+    assert {"8.79k", "12.6k"} <= set(drawn.text)
+    for values in ([-1.234e-5, 4.2e-5], [1.5e12, 2.5e12], [1e-30, 3.2e-30]):
+        ticks = Read(svg.lines("x", [("a", values)])).text
+        assert max(len(text) for text in ticks if text not in ("x", "a")) <= 8
