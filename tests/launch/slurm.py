@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from free_port import free_port
@@ -145,7 +145,10 @@ def cluster(nodes: int = 4, kill_wait: int = 60) -> Iterator[Cluster]:
         made.wait(lambda: made.run(*idle)[1].strip() == str(nodes), "the nodes")
         yield made
     finally:
+        made.run("scancel", "--partition=all")
         made.run("scancel", "--signal=KILL", "--partition=all")
+        with suppress(AssertionError):  # a daemon that ends before its jobs leaves their processes behind
+            made.wait(lambda: not made.run("squeue", "--noheader")[1].strip(), "the jobs' end", timeout=60)
         for daemon in reversed(daemons):
             daemon.terminate()
         for daemon in daemons:
