@@ -9,6 +9,7 @@ Markdown and ends with 1 if a pair was rejected:
 
 import argparse
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -16,7 +17,12 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+
+from portmoe.verify.runs import comparison_report
+from portmoe.verify.runs.comparison import Comparison, compare
+from portmoe.verify.runs.recorded import read_run
 
 HERE = Path(__file__).resolve().parent
 PLUGIN = HERE.parent / "tests" / "simulated" / "plugin"
@@ -96,6 +102,47 @@ def make(folder: Path, dtype: str, job: Job, start: Sequence[str]) -> None:
         print(f"  ended with {done.returncode}: {(done.stdout + done.stderr)[-2000:]}", flush=True)
 
 
+def table(folder: Path) -> int:
+    """Print the verdict of every run beside the reference, and of each beside the next one.
+
+    Returns how many pairs were rejected.
+    """
+    rejected = judged = 0
+    print("| dtype | beside the reference | verdict | of a step's band | of a later figure |")
+    print("|---|---|---|---|---|")
+    for dtype in DTYPES:
+        runs = [
+            run for run in sorted((folder / dtype).iterdir()) if '"finished"' in _text(run / "status.json")
+        ]
+        twins = [run for run in runs if "-twin" in run.name]
+        read = {run.name: read_run(run) for run in runs if run not in twins}
+        names = {job.folder: job.name for job in jobs(folder / dtype / "reference")}
+        others = [name for name in read if name != "reference"]
+        for first, second in [*(("reference", name) for name in others), *pairwise(others)]:
+            found = compare(read[first], read[second], twins)
+            judged, rejected = judged + 1, rejected + (not found.passed)
+            verdict = "agree" if found.passed else comparison_report.verdict(found)
+            if first == "reference":
+                shares = (max(_shares(found, later)) for later in (False, True))
+                cells = (dtype, names.get(second, second), verdict, *(f"{share:.3f}" for share in shares))
+                print(f"| {' | '.join(cells)} |")
+            elif not found.passed:
+                print(f"| {dtype} | {second}, beside {first} | {verdict} | | |")
+    print(f"\n{judged} pairs in all, each with {len(twins)} twins of the reference; {rejected} rejected")
+    return rejected
+
+
+def _shares(found: Comparison, later: bool) -> Iterator[float]:
+    """How much was needed of what is allowed: of the bands of single steps, or of later figures."""
+    yield 0.0
+    for j in found.quantities:
+        if later:
+            yield from (figure.value / figure.allowed for figure in j.later)
+        else:
+            steps = zip(j.distance.relative, j.bands, strict=False)
+            yield from (apart / band for apart, band in steps if not math.isnan(apart))
+
+
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
@@ -112,7 +159,7 @@ def main() -> int:
     if given.what == "train":
         train(given.folder, shlex.split(given.start), tuple(map(int, given.share.split("/"))))
         return 0
-    return 0
+    return 1 if table(given.folder) else 0
 
 
 if __name__ == "__main__":

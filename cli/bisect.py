@@ -64,5 +64,6 @@ def bisect(
             out.write_text(report, encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--out {str(out)!r} cannot be written: {error.strerror}") from error
+    click.echo(bisect_report.what_next(found, backend, config_file))
     if not found.passed:
         sys.exit(TrainingError.exit_code)

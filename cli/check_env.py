@@ -44,6 +44,8 @@ def check_env(backend: str, as_json: bool, out: Path | None, timeout: float) -> 
         click.echo(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
     else:
         click.echo(render(report, lambda level, tag: click.style(tag, fg=COLOURS[level])))
+        if report.can_train:
+            click.echo(f"next: portmoe validate --backend {backend}")
     if out is not None:
         try:
             out.write_text(html(report), encoding="utf-8")

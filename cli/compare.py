@@ -37,7 +37,7 @@ def compare(first: Path, second: Path, out: Path | None, twins: tuple[Path, ...]
     from portmoe.verify.runs.recorded import read_run
 
     found = compare_runs(read_run(first), read_run(second), twins)
-    click.echo(comparison_report.text(found))
+    click.echo(f"{comparison_report.text(found)}\n{comparison_report.what_next(found)}")
     if out is not None:
         try:
             out.write_text(comparison_report.html(found), encoding="utf-8")

@@ -68,6 +68,13 @@ def json(found: Bisection) -> str:
     return json_text(as_dict(found), indent=1) + "\n"
 
 
+def what_next(found: Bisection, backend: str, config: str) -> str:
+    """The command that follows, by what was found."""
+    if found.passed:
+        return f"next: portmoe train --backend {backend} --config {config}"
+    return f"next: repair what is named, or switch it off, and portmoe bisect --backend {backend} again"
+
+
 def html(found: Bisection) -> str:
     """Return the page: what was walked, the defects in the order of the walk, every call's worst result."""
     defects = list(found.defects())

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from portmoe.record import acceptance, page, svg
 from portmoe.record.bars import Bar, bars
 from portmoe.record.origin import of_report
+from portmoe.record.run_directory import CONFIG
 from portmoe.verify.runs.comparison import Comparison, Judged
 from portmoe.verify.runs.distribution import Figure
 
@@ -115,6 +116,15 @@ def text(found: Comparison) -> str:
         verdict(found),
     ]
     return "\n".join(lines)
+
+
+def what_next(found: Comparison) -> str:
+    """The command that follows, by what was found."""
+    if found.passed:
+        return f"next: portmoe report {found.second.path}"
+    backend = "" if found.second.backend == "unknown" else f" --backend {found.second.backend}"
+    config = found.second.path / CONFIG
+    return f"next: portmoe bisect --config {config}{backend}, which names the first operation wrong"
 
 
 def _acceptance(found: Comparison) -> list[str]:
