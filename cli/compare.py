@@ -5,15 +5,15 @@ from pathlib import Path
 
 import click
 
-from portmoe.cli import completions
+from portmoe.cli.options import run_argument
 from portmoe.errors import ConfigError, TrainingError
 
 RUN = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 @click.command()
-@click.argument("first", metavar="RUN_A", type=RUN, shell_complete=completions.runs)
-@click.argument("second", metavar="RUN_B", type=RUN, shell_complete=completions.runs)
+@run_argument("first", "RUN_A")
+@run_argument("second", "RUN_B")
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), default=None, help="An HTML page with plots."
 )

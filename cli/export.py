@@ -6,10 +6,11 @@ from pathlib import Path
 import click
 
 from portmoe.cli.first_line import announce
+from portmoe.cli.options import run_argument
 
 
 @click.command()
-@click.argument("run", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@run_argument()
 @click.option(
     "--step", type=click.IntRange(0), default=None, help="Of the checkpoint.  [default: the newest]"
 )

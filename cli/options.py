@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import click
 
 from portmoe.cli import completions
-from portmoe.config.pretrained import KEY
-from portmoe.config.read import FROM_FOLDER
+from portmoe.config.names import FROM_FOLDER, PRETRAINED
 
 TINY = "tiny_moe4.yaml"
 
@@ -24,7 +24,7 @@ def config_options(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def with_file(*args: Any, config_file: str | None, overrides: tuple[str, ...], **options: Any) -> Any:
         if config_file is None:
-            of_a_folder = any(override.partition("=")[0].strip() == KEY for override in overrides)
+            of_a_folder = any(override.partition("=")[0].strip() == PRETRAINED for override in overrides)
             config_file = FROM_FOLDER if of_a_folder else TINY
         return function(*args, config_file=config_file, overrides=overrides, **options)
 
@@ -53,3 +53,9 @@ def backend_option(help_text: str) -> Decorator:
     return click.option(
         "--backend", default="auto", show_default=True, shell_complete=completions.backends, help=help_text
     )
+
+
+def run_argument(name: str = "run", metavar: str = "RUN") -> Decorator:
+    """The directory of a run, which exists."""
+    folder = click.Path(exists=True, file_okay=False, path_type=Path)
+    return click.argument(name, metavar=metavar, type=folder, shell_complete=completions.runs)

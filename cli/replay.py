@@ -11,6 +11,7 @@ import click
 
 from portmoe.accelerator.discovery import AUTO, prepare
 from portmoe.cli.first_line import announce
+from portmoe.cli.options import run_argument
 from portmoe.cli.train import MOST_RANKS
 from portmoe.errors import ConfigError, TrainingError
 from portmoe.launch.interrupt import exit_code
@@ -25,7 +26,7 @@ PARENT = "PORTMOE_PARENT_PID"  # set in the processes that --nproc starts
 
 
 @click.command()
-@click.argument("run", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@run_argument()
 @click.option("--backend", default=AUTO, show_default=True, help="What computes the steps.")
 @click.option(
     "--out",

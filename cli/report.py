@@ -5,11 +5,12 @@ from pathlib import Path
 
 import click
 
+from portmoe.cli.options import run_argument
 from portmoe.errors import TrainingError
 
 
 @click.command()
-@click.argument("run", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@run_argument()
 @click.option(
     "--against",
     default="7b_moe4",

@@ -13,6 +13,7 @@ import click
 
 from portmoe.accelerator.discovery import prepare
 from portmoe.cli.first_line import announce
+from portmoe.cli.options import run_argument
 from portmoe.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("run", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@run_argument()
 @click.option(
     "--replay",
     "backend",

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from portmoe.config.messages import describe, shorten
+from portmoe.config.names import PRETRAINED as KEY
 from portmoe.config.section import ModelSection
 from portmoe.config.tree import Tree
 from portmoe.errors import ConfigError
@@ -21,7 +22,6 @@ from portmoe.families.architecture import Architecture
 from portmoe.families.hub import Hub
 from portmoe.families.registry import Family
 
-KEY = "model.from_pretrained"
 CONFIG = "config.json"
 AGAIN = "download or convert the folder again"
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from portmoe.config import yaml as config_yaml
 from portmoe.config.keys import walk
 from portmoe.config.messages import describe, shorten
+from portmoe.config.names import FROM_FOLDER
 from portmoe.config.pretrained import completed
 from portmoe.config.schema import Config
 from portmoe.config.section import ModelSection
@@ -18,7 +19,6 @@ from portmoe.errors import ConfigError
 from portmoe.families.registry import families
 
 PACKAGE = "portmoe.configs"
-FROM_FOLDER = "from_pretrained"  # the packaged config without a key, for a model that a folder gives
 
 
 def load_config(path_or_packaged_name: str | Path, overrides: Sequence[str] = ()) -> Config:

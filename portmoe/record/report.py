@@ -178,6 +178,7 @@ def _next(directory: Path, again: str | None) -> list[str]:
         *([again] if again else []),
         f"tensorboard --logdir {path}/{EVENTS}",
         f"portmoe compare {path} OTHER_RUN --out compare.html",
+        f"portmoe report {path}",
         "portmoe runs",
     ]
 
