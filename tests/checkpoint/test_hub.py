@@ -20,6 +20,7 @@ from portmoe.training import hub
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
+FAST = ("mixtral", "qwen3, biases", "qwen2", "deepseek")
 TOKENS_T = torch.randint(256, (24,), generator=torch.Generator().manual_seed(0))
 
 
@@ -81,7 +82,10 @@ def assert_identical(found, expected):
         assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [v if v in FAST else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS],
+)
 def test_a_folder_gives_the_librarys_logits_and_goes_out_as_it_came(variant, folder, tmp_path, one_rank):
     model, path = folder(variant)
     config, decoder, weights = load(path)
