@@ -118,12 +118,11 @@ def test_a_step_that_deepspeed_skips_by_itself_has_norms_that_are_not_finite():
     engine = object.__new__(DeepSpeedEngine)
     engine._config = config
     engine._zero = SimpleNamespace(step=lambda: None)
-    engine.optimizer = SimpleNamespace(groups={"default": {}, "experts": {}})
-    norms = engine._update(lr=1e-3, beta2=0.95, loss_scale=1.0)
-    assert list(norms) == ["default", "experts"]
-    for of_group in norms.values():
-        assert len(of_group) == 5  # the embedding, three layers, the head
-        assert all(map(math.isnan, of_group))
+    engine._shapes = {"embedding.weight": (8, 4), "layers.0.moe.experts.w1": (4, 8, 4)}
+    update = engine._update(lr=1e-3, beta2=0.95, loss_scale=1.0, measure=True)
+    assert list(update.gradients) == list(engine._shapes)
+    assert all(map(math.isnan, update.gradients.values()))
+    assert update.changes == {}
 
 
 @pytest.mark.parametrize(
