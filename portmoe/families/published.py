@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 Zero = Annotated[float, Field(ge=0, le=0)]
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "moe": {"capacity_factor": None, "eval_capacity_factor": None, "min_capacity": 0}
+    "moe": {"capacity_factor": None, "eval_capacity_factor": None, "min_capacity": 0},
+    "loss": {"reduction": "token"},
 }
 
 

@@ -44,7 +44,7 @@ class DeepSpeedEngine(Engine):
     def __init__(
         self, config: Config, layout: Layout, ops: OpTable, device: torch.device, world: dist.ProcessGroup
     ) -> None:
-        super().__init__(config, device)
+        super().__init__(config, device, world)
         deepspeed = _imported(device)
         decoder = Decoder(config, ops).to(device)
         if config.expert_shard is not None:

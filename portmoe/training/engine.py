@@ -29,6 +29,7 @@ from portmoe.profiling.stopwatch import Stopwatch
 from portmoe.training.loss_scale import LossScale
 from portmoe.training.metrics import StepMetrics
 from portmoe.training.optimizer import Optimizer, Update, of_groups
+from portmoe.training.reduction import weights
 from portmoe.training.schedule import beta2, learning_rate
 
 if TYPE_CHECKING:
@@ -60,16 +61,20 @@ class Engine(ABC):
         model: this rank's decoders, one for each stage of a pipeline that it holds.
         optimizer: of the parameters, or parts of them, that this rank updates.
         loss_scale: of float16 training, and the count of skipped steps.
+
+    Args:
+        world: a CPU process group of all ranks.
     """
 
     model: nn.ModuleList
     optimizer: Optimizer
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: Config, device: torch.device, world: dist.ProcessGroup) -> None:
         self.loss_scale = LossScale(config.grad_scaler, config.model.dtype)
         self._config = self._schedule = config
         self._experts, self._balance = config.architecture.experts, config.architecture.balance
         self._device = device
+        self._world = world
         self._backward_clock = Stopwatch(device)
         self._step_clock = Stopwatch(device)
 
@@ -80,11 +85,16 @@ class Engine(ABC):
             measure: tell how far each parameter moved.
         """
         scale = self.loss_scale.scale
+        weight = dict(
+            zip((b.index for b in batches), weights(self._config.loss, batches, self._world), strict=True)
+        )
         batches = [batch.to(self._device, non_blocking=True) for batch in batches]
         metrics = StepMetrics(self._experts, batches)
 
         def objective(batch: Batch, output: DecoderOutput | StageOutput) -> torch.Tensor | None:
             loss = mean_loss(output, batch)
+            if loss is not None:
+                loss = loss * weight[batch.index]
             metrics.add(batch, output, loss)
             if loss is None:
                 return None
@@ -186,7 +196,7 @@ class NativeEngine(Engine):
         world: dist.ProcessGroup,
         pool: BufferPool | None = None,
     ) -> None:
-        super().__init__(config, device)
+        super().__init__(config, device, world)
         self.model = build(config, ops, meshes, pool=pool)
         self.model.to_empty(device=device)
         if config.model.from_pretrained is None:  # else the folder, or a checkpoint, gives every value

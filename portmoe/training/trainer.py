@@ -170,7 +170,8 @@ class Trainer:
         if not any((done + 1) % every == 0 for done in range(self._validated_to, step + 1)):
             return None
         self._validated_to = step + 1
-        return validate(self._engine, self._session.valid, self._layout, self._session.world)
+        by_token = self._config.loss.reduction == "token"
+        return validate(self._engine, self._session.valid, self._layout, self._session.world, by_token)
 
     def _save(self) -> None:
         """Save what is not saved yet, unless it is worth less than what is."""

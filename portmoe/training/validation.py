@@ -8,14 +8,17 @@ from portmoe.record.log_line import perplexity
 from portmoe.training.engine import Engine
 
 
-def validate(engine: Engine, valid: DataStream, layout: Layout, world: dist.ProcessGroup) -> dict[str, float]:
+def validate(
+    engine: Engine, valid: DataStream, layout: Layout, world: dist.ProcessGroup, by_token: bool
+) -> dict[str, float]:
     """Measure every pack of ``valid`` once. Collective.
 
-    ``valid_loss`` is the mean over packs of each one's mean, as the training loss is over micro-batches; the
+    ``valid_loss`` weighs alike what the training loss does, every pack's mean or every labelled token; the
     next two weigh every labelled token alike, and ``valid_tokens`` counts them. Without a label anywhere, the
     losses are nan.
 
     Args:
+        by_token: ``valid_loss`` is the mean over labelled tokens.
         world: a CPU process group of all ranks.
     """
     loss = loss_sum = 0.0
@@ -28,9 +31,11 @@ def validate(engine: Engine, valid: DataStream, layout: Layout, world: dist.Proc
         loss_sum += sum(totals.loss_sums)
         correct += sum(totals.correct)
         labels += sum(totals.tokens)
+    of_tokens = loss_sum / labels if labels else float("nan")
+    of_packs = loss / valid.num_packs if labels else float("nan")
     return {
-        "valid_loss": loss / valid.num_packs if labels else float("nan"),
+        "valid_loss": of_tokens if by_token else of_packs,
         "valid_acc": correct / max(labels, 1),
-        "valid_perplexity": perplexity(loss_sum / labels if labels else float("nan")),
+        "valid_perplexity": perplexity(of_tokens),
         "valid_tokens": labels,
     }

@@ -204,18 +204,22 @@ def test_twenty_steps(variant, saved, world, tmp_path):
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").train()
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0)
-    expected = []
+    expected, unequal = [], False
     with open_data(load_config(file, overrides), rank=0, size=1, micro_num=2) as data:
         for step in range(STEPS):
-            losses = []
-            for batch in data.batches(step):
+            batches = data.batches(step)
+            labels = [int((batch.labels_T != IGNORED).sum()) for batch in batches]
+            unequal = unequal or labels[0] != labels[1]
+            expected.append(0.0)
+            for batch in batches:  # every labelled token of the step weighs alike
                 samples = batch.tokens_T.split(batch.segments.lengths)
-                loss = F.cross_entropy(their_logits(theirs, samples), batch.labels_T, ignore_index=IGNORED)
-                (loss / 2).backward()
-                losses.append(loss.item())
+                logits_TV = their_logits(theirs, samples)
+                loss = F.cross_entropy(logits_TV, batch.labels_T, ignore_index=IGNORED, reduction="sum")
+                (loss / sum(labels)).backward()
+                expected[-1] += loss.item() / sum(labels)
             optimizer.step()
             optimizer.zero_grad()
-            expected.append(sum(losses) / 2)
     assert len(found) == STEPS
+    assert unequal
     assert expected[-1] < expected[0]
     assert found == pytest.approx(expected, rel=1e-5)

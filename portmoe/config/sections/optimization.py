@@ -53,6 +53,8 @@ class LossConfig(Section):
     """Terms of the training loss."""
 
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    # what weighs alike in a step's loss: every labelled token, or every micro-batch, whatever it has of them
+    reduction: Literal["token", "micro_batch"] = "micro_batch"
     moe_loss_coeff: NonNegative = 0.1
     z_loss_coeff: NonNegative = 0.0  # of the routers' z-loss
 
