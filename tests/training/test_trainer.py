@@ -70,6 +70,7 @@ def test_every_operation_is_recorded_with_its_candidates(finished):
     assert idle == {
         "swiglu",
         "megablock_gating",
+        "softmax_gating",
         "expert_ffn_ragged",
     }  # every layer has experts in static buffers
     for name, choice in record.items():
