@@ -5,7 +5,7 @@ Each is planted in the process that trains. Those of a resumption act in the run
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 from portmoe.data.loader import DataStream
@@ -71,8 +71,7 @@ def the_auxiliary_loss_counts_once_a_rank():
 
     def build(self, config, layout, *rest):
         right(self, config, layout, *rest)
-        loss = config.loss.model_copy(update={"moe_loss_coeff": config.loss.moe_loss_coeff * layout.data})
-        self._config = config.model_copy(update={"loss": loss})
+        self._balance = replace(self._balance, coefficient=self._balance.coefficient * layout.data)
 
     return patch.object(NativeEngine, "__init__", build)
 
