@@ -33,12 +33,12 @@ class Bands:
 
 FLOAT32 = Bands(
     exact=1e-12,
-    loss=1e-5,
+    loss=2e-5,
     dropped=0.002,
     load=0.002,
-    norm=1e-5,
-    layer_norm=2e-5,
-    parameter_norm=3e-5,
+    norm=3e-5,
+    layer_norm=5e-5,
+    parameter_norm=1e-4,
     change=1e-4,
     floor=1e-3,
 )
