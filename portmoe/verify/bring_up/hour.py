@@ -13,6 +13,7 @@ from portmoe.verify.machine.child import Outcome, run_python
 CHILD = ("-m", "portmoe.verify.bring_up.alone")
 COMMAND = ("-m", "portmoe")
 CONFIG = "tiny_moe4"
+TRUSTED = "cpu"  # the backend whose run the other one is held to
 STEPS = 10
 # Small enough for a first step on anything, with the parts that most functions serve.
 MODELS = {
@@ -188,14 +189,14 @@ def train(hour: Hour) -> None:
     if hour.unusable:
         return
     runs = {}
-    for backend in dict.fromkeys(("cpu", hour.backend)):
+    for backend in dict.fromkeys((TRUSTED, hour.backend)):
         run = hour.folder / f"run-{backend}"
         settings = [
             f"run.directory={run}",
             f"data.total_steps={STEPS}",
             f"lr_scheduler.total_steps={STEPS}",
             "ckpt.enable_save_ckpt=false",
-            *([f"ckpt.keep_steps=[0,{STEPS - 1}]"] if backend == "cpu" else []),
+            *([f"ckpt.keep_steps=[0,{STEPS - 1}]"] if backend == TRUSTED else []),
             "cudnn_deterministic=true",
         ]
         # The CPU has implementations of its own: nothing is left out of its run.
