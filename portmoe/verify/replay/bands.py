@@ -44,7 +44,7 @@ FLOAT32 = Bands(
 )
 BFLOAT16 = Bands(
     exact=1e-12,
-    loss=2e-2,
+    loss=5e-2,
     dropped=0.01,
     load=0.01,
     norm=0.1,
