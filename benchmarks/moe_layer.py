@@ -23,7 +23,7 @@ from portmoe.config.sections.data import DataConfig
 from portmoe.config.sections.experts import MoeConfig
 from portmoe.families.internlm_moe.section import ModelConfig
 from portmoe.model import MoELayer
-from portmoe.ops import OPERATIONS, Implementation, OpTable, choose
+from portmoe.ops import OPERATIONS, Implementation, OpTable, Segments, choose
 from portmoe.ops.table import REFERENCE
 from portmoe.parallel.layout import Layout
 from portmoe.parallel.workload import call_sites
@@ -115,7 +115,7 @@ def _ours(config: Config, ops: OpTable, bench: Bench, dtype: torch.dtype) -> Cal
         parameter.data = parameter.data.to(dtype)
 
     def call(x_TH: torch.Tensor, grad_TH: torch.Tensor) -> None:
-        y_TH, routing = layer.compute(x_TH, 0)
+        y_TH, routing, _ = layer.compute(x_TH, 0, Segments((0, len(x_TH))))
         torch.autograd.backward((y_TH, routing.aux_loss), (grad_TH, torch.ones_like(routing.aux_loss)))
         _forget(layer, x_TH)
 

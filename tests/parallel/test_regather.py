@@ -47,10 +47,10 @@ def watched(directory, *overrides) -> tuple[int, int]:
         alive = watch.alive()
         return output
 
-    def watched_step(engine, *args):
+    def watched_step(engine, *args, **keywords):
         nonlocal gathers
         with Watch() as watch:
-            outcome = train_step(engine, *args)
+            outcome = train_step(engine, *args, **keywords)
         gathers = watch.gathers
         return outcome
 

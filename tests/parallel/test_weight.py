@@ -35,10 +35,10 @@ def observed(directory, *overrides) -> tuple[list[str], list[list[int]]]:
     """The events of the last step, and each step's buffers by their place in memory."""
     steps, compute, train_step = [], Block._compute, NativeEngine.train_step
 
-    def observed_step(engine, *args):
+    def observed_step(engine, *args, **keywords):
         with Events() as events:
             steps.append(events)
-            return train_step(engine, *args)
+            return train_step(engine, *args, **keywords)
 
     def observed_compute(block, x_TH, *args):
         steps[-1].order.append("forward")
@@ -95,9 +95,9 @@ def held(directory, *overrides) -> tuple[int, int]:
     def numbers(tensors) -> int:
         return sum(tensor.to_local().numel() for tensor in tensors)
 
-    def measured_step(engine, *args):
+    def measured_step(engine, *args, **keywords):
         nonlocal sizes
-        outcome = train_step(engine, *args)
+        outcome = train_step(engine, *args, **keywords)
         sizes = (numbers(engine.optimizer.parameters.values()), numbers(engine.optimizer.exp_avg.values()))
         return outcome
 
