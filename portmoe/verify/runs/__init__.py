@@ -1,0 +1,1 @@
+"""Runs held against each other and against a recorded one, behind ``portmoe compare``."""
