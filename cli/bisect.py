@@ -7,7 +7,7 @@ import click
 
 from portmoe.cli.first_line import announce
 from portmoe.cli.options import backend_option, config_options
-from portmoe.errors import ConfigError, TrainingError
+from portmoe.errors import TrainingError, written_to
 
 
 @click.command()
@@ -60,10 +60,8 @@ def bisect(
     if out is not None:
         as_page = out.suffix in (".html", ".htm")
         report = bisect_report.html(found) if as_page else bisect_report.json(found)
-        try:
+        with written_to(out):
             out.write_text(report, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--out {str(out)!r} cannot be written: {error.strerror}") from error
     click.echo(bisect_report.what_next(found, backend, config_file))
     if not found.passed:
         sys.exit(TrainingError.exit_code)

@@ -8,7 +8,7 @@ import click
 
 from portmoe.cli.first_line import announce
 from portmoe.cli.options import backend_option
-from portmoe.errors import BackendError, ConfigError
+from portmoe.errors import BackendError, written_to
 
 COLOURS = {"OK": "green", "WARN": "yellow", "FAIL": "red"}
 
@@ -47,9 +47,7 @@ def check_env(backend: str, as_json: bool, out: Path | None, timeout: float) -> 
         if report.can_train:
             click.echo(f"next: portmoe validate --backend {backend}")
     if out is not None:
-        try:
+        with written_to(out):
             out.write_text(html(report), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--out {str(out)!r} cannot be written: {error.strerror}") from error
     if not report.can_train:
         sys.exit(BackendError.exit_code)

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from portmoe.cli.options import run_argument
-from portmoe.errors import ConfigError, TrainingError
+from portmoe.errors import TrainingError, written_to
 
 RUN = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -39,9 +39,7 @@ def compare(first: Path, second: Path, out: Path | None, twins: tuple[Path, ...]
     found = compare_runs(read_run(first), read_run(second), twins)
     click.echo(f"{comparison_report.text(found)}\n{comparison_report.what_next(found)}")
     if out is not None:
-        try:
+        with written_to(out):
             out.write_text(comparison_report.html(found), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--out {str(out)!r} cannot be written: {error.strerror}") from error
     if not found.passed:
         sys.exit(TrainingError.exit_code)

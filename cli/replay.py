@@ -12,17 +12,15 @@ import click
 from portmoe.accelerator.discovery import AUTO, prepare
 from portmoe.cli.first_line import announce
 from portmoe.cli.options import run_argument
-from portmoe.cli.train import MOST_RANKS
-from portmoe.errors import ConfigError, TrainingError
+from portmoe.cli.ranks import launcher_option, nproc_option
+from portmoe.errors import TrainingError, written_to
 from portmoe.launch.interrupt import exit_code
-from portmoe.launch.ranks import LAUNCHERS, detect
+from portmoe.launch.ranks import PARENT, detect
 
 if TYPE_CHECKING:
     from portmoe.config import Config
     from portmoe.verify.replay.recorded import Recorded
     from portmoe.verify.replay.replay import Replay
-
-PARENT = "PORTMOE_PARENT_PID"  # set in the processes that --nproc starts
 
 
 @click.command()
@@ -53,16 +51,8 @@ PARENT = "PORTMOE_PARENT_PID"  # set in the processes that --nproc starts
     metavar="KEY=VALUE",
     help="Override a key of the layout or the choice of operations. May be repeated.",
 )
-@click.option(
-    "--nproc",
-    type=click.IntRange(1, MOST_RANKS),
-    default=1,
-    show_default=True,
-    help="Processes on this machine.",
-)
-@click.option(
-    "--launcher", type=click.Choice(LAUNCHERS), default="auto", show_default=True, help="Who starts them."
-)
+@nproc_option()
+@launcher_option("Who starts them.")
 def replay(
     run: Path,
     backend: str,
@@ -125,7 +115,5 @@ def _show(found: "Replay", out: Path) -> None:
     from portmoe.verify.replay import report
 
     click.echo(f"{report.text(found)}\n{report.what_next(found)}")
-    try:
+    with written_to(out):
         report.write(found, out)
-    except OSError as error:
-        raise ConfigError(f"--out {str(out)!r} cannot be written: {error.strerror}") from error

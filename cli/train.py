@@ -9,14 +9,13 @@ import click
 
 from portmoe.cli.first_line import announce
 from portmoe.cli.options import backend_option, config_options
+from portmoe.cli.ranks import MOST_RANKS, launcher_option, nproc_option
 from portmoe.errors import BackendError, ConfigError, TrainingError
-from portmoe.launch.ranks import LAUNCHERS, detect, machine_of
+from portmoe.launch.ranks import detect, machine_of
 
 if TYPE_CHECKING:
     from portmoe.config import Config
     from portmoe.launch.nodes import Nodes
-
-MOST_RANKS = 2**20
 
 
 @click.command()
@@ -29,13 +28,7 @@ MOST_RANKS = 2**20
     type=click.Choice(("table", "full")),
     help="What is shown of the steps: a table, or the benchmark's lines; the key log.terminal.",
 )
-@click.option(
-    "--nproc",
-    type=click.IntRange(1, MOST_RANKS),
-    default=1,
-    show_default=True,
-    help="Processes on this machine.",
-)
+@nproc_option()
 @click.option(
     "--max-restarts",
     type=click.IntRange(0, MOST_RANKS),
@@ -43,13 +36,7 @@ MOST_RANKS = 2**20
     show_default=True,
     help="How often to start all processes again after a failure.",
 )
-@click.option(
-    "--launcher",
-    type=click.Choice(LAUNCHERS),
-    default="auto",
-    show_default=True,
-    help="Who starts the processes; auto looks at the environment.",
-)
+@launcher_option("Who starts the processes; auto looks at the environment.")
 @click.option(
     "--profile",
     is_flag=True,

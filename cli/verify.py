@@ -14,7 +14,7 @@ import click
 from portmoe.accelerator.discovery import prepare
 from portmoe.cli.first_line import announce
 from portmoe.cli.options import run_argument
-from portmoe.errors import ConfigError, TrainingError
+from portmoe.errors import ConfigError, TrainingError, written_to
 
 if TYPE_CHECKING:
     from portmoe.verify.evidence.verify import Verification
@@ -51,10 +51,8 @@ def verify(run: Path, backend: str | None, out: Path | None) -> None:
         found = _replayed(found, backend, out)
     click.echo(report.text(found))
     if out is not None:
-        try:
+        with written_to(out):
             report.write(found, out)
-        except OSError as error:
-            raise ConfigError(f"--out {str(out)!r} cannot be written: {error.strerror}") from error
     if not found.passed:
         sys.exit(TrainingError.exit_code)
 

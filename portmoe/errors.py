@@ -4,6 +4,10 @@ Messages name the key, the value, what is allowed and the fix. Anything that is 
 ``PortmoeError`` is a defect in portmoe and keeps its traceback.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class PortmoeError(Exception):
     """Base of every error that is shown as one message, without a traceback."""
@@ -27,3 +31,12 @@ class TrainingError(PortmoeError):
     """Training began and could not go on."""
 
     exit_code = 4
+
+
+@contextmanager
+def written_to(out: Path, fix: str = "") -> Iterator[None]:
+    """Turn what the disk refuses at ``--out`` into a ``ConfigError``, with the way out where there is one."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"--out {str(out)!r} cannot be written: {error.strerror}{fix}") from error

@@ -25,6 +25,27 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def write_all(folder: Path, contents: Mapping[str, str]) -> list[Path]:
+    """Write files, by name, into ``folder``, which may not exist yet, each whole; returns their paths.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in contents.items():
+        write_whole(folder / name, text)
+    return [folder / name for name in contents]
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one where the file is missing or holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def sync(descriptor: int) -> None:
     """Put a file, or a folder's entries, on disk; later, where the file system cannot be asked to."""
     try:

@@ -42,6 +42,7 @@ class PublishedSection(ModelSection):
     intermediate_size: Size = 14336
     num_hidden_layers: Layers = 32
     num_attention_heads: Size = 32
+    num_key_value_heads: Size | None = None  # null: num_attention_heads
     hidden_act: Literal["silu"] = "silu"
     max_position_embeddings: Positive = 32768
     initializer_range: NonNegative = 0.02
@@ -56,7 +57,7 @@ class PublishedSection(ModelSection):
     @property
     def kv_heads(self) -> int:
         """Heads of keys and values."""
-        return getattr(self, "num_key_value_heads", None) or self.num_attention_heads
+        return self.num_key_value_heads or self.num_attention_heads
 
     @property
     def width_of_heads(self) -> int:

@@ -33,29 +33,28 @@ def layer_terms(
 
     The z-loss is the mean of log²(Σ exp logits) (Zoph et al. 2022, arXiv:2202.08906). Padding enters nowhere.
     """
-    real = segments.real
-    over, score_SE = model.balance.over, routing.score_SE
-    zero, parts = logits_TE.new_zeros(()), []
+    over, real = model.balance.over, segments.real
+    loss = z = logits_TE.new_zeros(())
+    of_model = logits_TE.new_zeros(width(model) - LOSSES)
     if over == "gate":
         loss = routing.aux_loss
-    elif over == "none" or real == 0:
-        loss, parts = zero, [logits_TE.new_zeros(width(model) - LOSSES)]
-    elif over == "first choice":
-        first_E = running_count(routing.expert_KS[0, :real], score_SE.shape[1])[1]
-        loss = balance_loss(score_SE[:real], first_E, 1)
-    elif over == "sequence":
-        loss = _of_sequences(score_SE[:real], routing.expert_KS[:, :real], segments)
-    else:
-        expert_KS, experts = routing.expert_KS[:, :real], score_SE.shape[1]
-        whole = real == expert_KS.shape[1] == routing.expert_KS.shape[1]
-        count_E = routing.count_E if whole else running_count(expert_KS.flatten(), experts)[1]
-        loss = zero
-        if over == "layer":
-            loss = balance_loss(score_SE[:real], count_E, len(expert_KS))
+    elif over != "none" and real:
+        score_TE, expert_KT = routing.score_SE[:real], routing.expert_KS[:, :real]
+        experts = score_TE.shape[1]
+        if over == "sequence":
+            loss = _of_sequences(score_TE, expert_KT, segments)
+        elif over == "first choice":
+            loss = balance_loss(score_TE, running_count(expert_KT[0], experts)[1], 1)
         else:
-            parts = [count_E / real, score_SE[:real].mean(0)]
-    z = logits_TE[:real].logsumexp(-1).square().mean() if model.balance.z and real else zero
-    return torch.cat((torch.stack((loss, z)), *parts))
+            padded = real < segments.total
+            count_E = running_count(expert_KT.flatten(), experts)[1] if padded else routing.count_E
+            if over == "layer":
+                loss = balance_loss(score_TE, count_E, len(expert_KT))
+            else:
+                of_model = torch.cat((count_E / real, score_TE.mean(0)))
+    if model.balance.z and real:
+        z = logits_TE[:real].logsumexp(-1).square().mean()
+    return torch.cat((torch.stack((loss, z)), of_model))
 
 
 def losses(model: Architecture, terms_W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

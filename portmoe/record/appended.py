@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import RawIOBase
 from pathlib import Path
 
 from portmoe.errors import TrainingError
@@ -19,6 +20,17 @@ def disk(path: Path) -> Iterator[None]:
         ) from error
 
 
+def hand_over(file: RawIOBase, content: bytes) -> None:
+    """Hand all of ``content`` to the system.
+
+    Raises:
+        OSError: the disk refuses some of it.
+    """
+    rest = memoryview(content)
+    while rest:  # a disk that fills up takes a part first
+        rest = rest[file.write(rest) :]
+
+
 class AppendedFile:
     """A text file where everything appended is handed to the system at once."""
 
@@ -29,10 +41,8 @@ class AppendedFile:
 
     def append(self, text: str) -> None:
         """Hand ``text`` to the system."""
-        rest = memoryview(text.encode("utf-8", "backslashreplace"))
         with disk(self._path):
-            while rest:  # a disk that fills up takes a part first
-                rest = rest[self._file.write(rest) :]
+            hand_over(self._file, text.encode("utf-8", "backslashreplace"))
 
     def close(self) -> None:
         """Close the file."""

@@ -17,6 +17,7 @@ from threading import Lock
 from typing import Any
 
 from portmoe.files import json_text
+from portmoe.record.appended import hand_over
 
 CHAIN = "chain.jsonl"
 FILES = ("config.yaml", "environment.json", "ops.json")
@@ -81,9 +82,7 @@ class Chain:
             text = json_text(entry)[:-1]
             self._last = _link(self._last, text)
             with self._path.open("ab", buffering=0) as file:
-                rest = memoryview(f'{text}{_SEAL}{self._last}"}}\n'.encode())
-                while rest:
-                    rest = rest[file.write(rest) :]
+                hand_over(file, f'{text}{_SEAL}{self._last}"}}\n'.encode())
 
 
 def read_chain(directory: Path) -> Iterator[Entry | None]:

@@ -1,14 +1,13 @@
 """The runs there are, as ``portmoe runs`` lists them: what each directory says of itself."""
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from portmoe.config import yaml as config_yaml
+from portmoe.files import json_object
 from portmoe.record.lock import in_use
 from portmoe.record.run_directory import CONFIG, ENVIRONMENT, STATUS
 from portmoe.record.writers import METRICS, last_record
@@ -69,7 +68,7 @@ def _below(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> Listed:
-    state = str(_json(path / STATUS).get("state", "unknown"))
+    state = str(json_object(path / STATUS).get("state", "unknown"))
     if state == "running" and not in_use(path):
         state = "killed"
     last = last_record(path / METRICS)
@@ -80,17 +79,9 @@ def _read(path: Path) -> Listed:
         last["step"] + 1 if last else 0,
         _total_steps(path / CONFIG),
         last.get("loss") if last else None,
-        str(_json(path / ENVIRONMENT).get("backend", "?")),
+        str(json_object(path / ENVIRONMENT).get("backend", "?")),
         datetime.fromtimestamp(touched.stat().st_mtime),
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _total_steps(path: Path) -> int | None:

@@ -6,11 +6,10 @@ import platform
 from datetime import timedelta
 from typing import Any
 
-import portmoe
 from portmoe.accelerator import Accelerator
 from portmoe.accelerator.discovery import find
 from portmoe.accelerator.preflight import preflight_of
-from portmoe.record.origin import commit, of_report
+from portmoe.record.origin import of_report
 
 # Only these are kept, besides those the accelerator's parts name: others may hold secrets.
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTORCH_ALLOC_CONF", "TORCH_DEVICE_BACKEND_AUTOLOAD")
@@ -21,12 +20,9 @@ def describe(accelerator: Accelerator, world_size: int) -> dict[str, Any]:
     """Versions, machine, device, ranks and the environment variables that steer them; JSON-ready."""
     made = of_report()
     return {
-        **{key: made[key] for key in ("date", "host", "command")},
-        "portmoe": portmoe.__version__,
-        "commit": commit(),
-        "python": platform.python_version(),
+        **{key: made[key] for key in ("date", "host", "command", "portmoe", "commit", "python")},
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "platform": platform.platform(),
+        "platform": made["system"],
         "processor": platform.processor() or platform.machine(),
         "backend": accelerator.name,
         "device": accelerator.device.name(),

@@ -29,7 +29,8 @@ from portmoe.record.writers import METRICS
 
 RUNS = Path("runs")
 STATES = ("running", "finished", "stopped", "aborted", "diverged", "failed")
-CONFIG, STATUS, ENVIRONMENT = "config.yaml", "status.json", "environment.json"
+CONFIG, STATUS = "config.yaml", "status.json"
+ENVIRONMENT, OPERATIONS = "environment.json", "ops.json"
 Data = Mapping[str, Mapping[str, Any]]  # split → what its data is, see ``data.fingerprint``
 
 

@@ -4,6 +4,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from portmoe.config.pretrained import CONFIG, architecture_keys, completed, read
 from portmoe.config.read import load_config
 from portmoe.costs.parameters import parameter_shapes
 from portmoe.errors import ConfigError
+from portmoe.families.architecture import Architecture
 from portmoe.families.hub import Hub, Made
 from portmoe.families.registry import families
 from portmoe.files import json_text, write_whole
@@ -57,6 +59,21 @@ def hub_of(config: Config) -> Hub:
     return hub
 
 
+def made_of(config: Config) -> Mapping[str, Made]:
+    """Parameter → what it is made of on the hub; tens of thousands of tensors, listed once for each model.
+
+    Raises:
+        ConfigError: the family has no format there.
+    """
+    hub_of(config)
+    return _made(config.model_type, config.architecture)
+
+
+@lru_cache(maxsize=1)
+def _made(model_type: str, architecture: Architecture) -> Mapping[str, Made]:
+    return families()[model_type].hub.made(architecture)
+
+
 @dataclass(frozen=True)
 class Weights:
     """The folder of ``model.from_pretrained``, held to the config and to the modules."""
@@ -73,7 +90,7 @@ class Weights:
         """
         completed(config.model_dump())  # refuses a config.json that has become another
         found = read_pretrained(config.model.from_pretrained)
-        parameters, made = parameter_shapes(config), found.hub.made(config.architecture)
+        parameters, made = parameter_shapes(config), made_of(config)
         folder = read_folder(found.folder)
         require(folder, shapes(made, parameters))
         return cls(folder, made)
@@ -148,7 +165,7 @@ def target(config: Config, run: Path, final: Path, dtype: str | None = None) -> 
         ConfigError: the family has no format on the hub.
     """
     hub, kept = hub_of(config), run / KEPT
-    tensors = shapes(hub.made(config.architecture), parameter_shapes(config))
+    tensors = shapes(made_of(config), parameter_shapes(config))
     asked = dtype or config.ckpt.export_dtype
     most = compute_dtype(config.model) if asked is None else getattr(torch, asked)
     others: dict[str, str] = {}
@@ -171,7 +188,7 @@ def export(config: Config, run: Path, final: Path, engine: Engine, group: dist.P
     Raises:
         TrainingError: there is no room, or the disk fails; nothing is left of it then.
     """
-    write(target(config, run, final), _parameters(engine), hub_of(config).made(config.architecture), group)
+    write(target(config, run, final), _parameters(engine), made_of(config), group)
 
 
 def export_run(
@@ -197,7 +214,7 @@ def export_run(
     if not (run / RUN_CONFIG).is_file():
         raise ConfigError(f"{str(run)!r} is no run: it holds no {RUN_CONFIG}; give the directory of a run")
     config = load_config(run / RUN_CONFIG)
-    hub = hub_of(config)
+    made = made_of(config)
     checkpoints = checkpoints_of(run, config)
     steps = complete_steps(checkpoints)
     if not steps or (step is not None and step not in steps):
@@ -207,7 +224,7 @@ def export_run(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {str(out)!r} exists and is not empty; give another folder")
     chosen = steps[-1] if step is None else step
-    checkpoint, made = folder_of(checkpoints, chosen), hub.made(config.architecture)
+    checkpoint = folder_of(checkpoints, chosen)
     stream(checkpoint, target(config, run, out, dtype), parameter_shapes(config), made, progress)
     return chosen
 

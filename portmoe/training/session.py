@@ -29,7 +29,7 @@ from portmoe.parallel.stages import describe
 from portmoe.planning.memory_check import require_memory
 from portmoe.profiling.spans import marked_operations
 from portmoe.record import provenance
-from portmoe.record.run_directory import ENVIRONMENT, Data, RunDirectory
+from portmoe.record.run_directory import ENVIRONMENT, OPERATIONS, Data, RunDirectory
 from portmoe.record.writers import Writers
 from portmoe.training.engine import Engine
 from portmoe.training.engines import build_engine
@@ -156,7 +156,7 @@ def _opened(
     if config.run.twin and not (run.resuming and progress.step):
         begin_apart(engine, config)
     run.write_json(ENVIRONMENT, {**provenance.describe(accelerator, layout.world), "data": data})
-    run.write_json("ops.json", ops.record())
+    run.write_json(OPERATIONS, ops.record())
     writers = Writers(
         run.path,
         config.data.total_steps,

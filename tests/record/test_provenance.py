@@ -51,12 +51,12 @@ def test_the_commit_of_a_checkout_is_named_in_full(described):
 
 
 def test_outside_of_a_checkout_there_is_no_commit(monkeypatch, tmp_path):
-    monkeypatch.setattr(provenance.portmoe, "__file__", str(tmp_path / "portmoe" / "__init__.py"))
+    monkeypatch.setattr(portmoe, "__file__", str(tmp_path / "portmoe" / "__init__.py"))
     assert provenance.describe(portmoe.get_accelerator("cpu"), 1)["commit"] is None
 
 
 def test_a_broken_repository_has_no_commit(monkeypatch, tmp_path):
     (tmp_path / "portmoe").mkdir()
     (tmp_path / ".git").write_text("gitdir: nowhere\n")
-    monkeypatch.setattr(provenance.portmoe, "__file__", str(tmp_path / "portmoe" / "__init__.py"))
+    monkeypatch.setattr(portmoe, "__file__", str(tmp_path / "portmoe" / "__init__.py"))
     assert provenance.describe(portmoe.get_accelerator("cpu"), 1)["commit"] is None

@@ -1,7 +1,6 @@
 """What a run directory says of a run, held against the benchmark's rules and against itself."""
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -14,16 +13,16 @@ from portmoe.config import Config
 from portmoe.costs.parameters import count_parameters
 from portmoe.data import check_data
 from portmoe.errors import PortmoeError
+from portmoe.files import json_object
 from portmoe.parallel.layout import Layout
 from portmoe.record import acceptance
-from portmoe.record.run_directory import CONFIG, ENVIRONMENT, STATUS
+from portmoe.record.run_directory import CONFIG, ENVIRONMENT, OPERATIONS, STATUS
 from portmoe.record.writers import LOG
 from portmoe.result import Result
 from portmoe.verify.acceptance.rules import differences
 from portmoe.verify.acceptance.speed import Window, window
 from portmoe.verify.runs.recorded import Run, read_run
 
-OPS = "ops.json"
 NEEDED = (
     "portmoe",
     "commit",
@@ -74,7 +73,8 @@ def examine(path: Path, benchmark: Config, name: str) -> Acceptance:
         ConfigError: the directory holds no run.
     """
     run = read_run(path)
-    environment, ops, status = (_json(path / file) for file in (ENVIRONMENT, OPS, STATUS))
+    # What is missing or broken is a finding of its own.
+    environment, ops, status = (json_object(path / file) for file in (ENVIRONMENT, OPERATIONS, STATUS))
     log = (path / LOG).read_text(encoding="utf-8", errors="replace") if (path / LOG).is_file() else ""
     figures = window(run.steps)
     results = [
@@ -204,7 +204,11 @@ def _recorded(
             why = "not recorded: installed without a checkout" if key == "commit" else f"not in {ENVIRONMENT}"
             yield Result("warn" if key == "commit" else "fail", key, why, part="record")
     yield _rule(
-        "record", OPS, bool(ops), f"{len(ops)} operations", "missing or empty: no one can say what computed"
+        "record",
+        OPERATIONS,
+        bool(ops),
+        f"{len(ops)} operations",
+        "missing or empty: no one can say what computed",
     )
     yield _rule("record", LOG, bool(log), "there", "missing: restarts and the launch are unknown")
     state = status.get("state", "missing")
@@ -254,12 +258,3 @@ def _facts(
 
 def _rule(part: str, name: str, met: bool, yes: str, no: str, **figures: float) -> Result:
     return Result("pass" if met else "fail", name, yes if met else no, part=part, **figures)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object; nothing where the file is missing or broken, which is a finding of its own."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -5,8 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from portmoe.errors import ConfigError
-from portmoe.files import json_text, write_whole
+from portmoe.errors import written_to
+from portmoe.files import json_text, write_all
 from portmoe.record import acceptance, page, svg
 from portmoe.record.origin import of_report
 from portmoe.result import Result
@@ -103,15 +103,8 @@ def write(found: Acceptance, folder: Path) -> list[Path]:
         ConfigError: it cannot be written.
     """
     contents = {HTML: html(found), JSON: json_text(as_dict(found), indent=1, words=True) + "\n"}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            write_whole(folder / name, content)
-    except OSError as error:
-        raise ConfigError(
-            f"--out {str(folder)!r} cannot be written: {error.strerror}; give a directory that can"
-        ) from error
-    return [folder / name for name in contents]
+    with written_to(folder, "; give a directory that can"):
+        return write_all(folder, contents)
 
 
 def _part(part: str, results: Sequence[Result]) -> page.Section:

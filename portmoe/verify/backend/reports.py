@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from portmoe.errors import ConfigError
-from portmoe.files import json_text, write_whole
+from portmoe.errors import written_to
+from portmoe.files import json_text, write_all
 from portmoe.record import page, svg
 from portmoe.record.bars import Bar, bars
 from portmoe.result import Result
@@ -28,15 +28,8 @@ def write(report: Report, directory: Path) -> list[Path]:
         "report.xml": junit(report),
         "report.html": html(report),
     }
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, text in contents.items():
-            write_whole(directory / name, text)
-    except OSError as error:
-        raise ConfigError(
-            f"--out {str(directory)!r} cannot be written: {error.strerror}; give a directory that can"
-        ) from error
-    return [directory / name for name in contents]
+    with written_to(directory, "; give a directory that can"):
+        return write_all(directory, contents)
 
 
 def table(report: Report, style: Callable[[str, str], str] = lambda status, text: text) -> str:

@@ -11,11 +11,10 @@ from portmoe.config.read import load_config
 from portmoe.errors import ConfigError
 from portmoe.record.chain import CHAIN
 from portmoe.record.flat import as_now
-from portmoe.record.run_directory import CONFIG, ENVIRONMENT, STATES, STATUS, checkpoints_of
+from portmoe.record.run_directory import CONFIG, ENVIRONMENT, OPERATIONS, STATES, STATUS, checkpoints_of
 from portmoe.record.writers import LOG, METRICS
 from portmoe.result import Result
 
-OPERATIONS = "ops.json"
 NEEDED = (CONFIG, ENVIRONMENT, OPERATIONS, STATUS, METRICS, LOG, CHAIN)
 PART = "files"
 

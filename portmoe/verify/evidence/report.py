@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from portmoe.files import json_text, write_whole
+from portmoe.files import json_text, write_all
 from portmoe.record import page
 from portmoe.record.origin import of_report
 from portmoe.result import Result
@@ -44,7 +44,6 @@ def write(found: Verification, out: Path) -> None:
     Raises:
         OSError: they cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
     record = {
         "passed": found.passed,
         "verdict": verdict(found),
@@ -52,8 +51,7 @@ def write(found: Verification, out: Path) -> None:
         "replayed": found.replay is not None,
         "results": [{key: getattr(result, key) for key in RECORDED} for result in found.results],
     }
-    write_whole(out / JSON, json_text(record, indent=1, words=True) + "\n")
-    write_whole(out / PAGE, html(found))
+    write_all(out, {JSON: json_text(record, indent=1, words=True) + "\n", PAGE: html(found)})
 
 
 def html(found: Verification) -> str:

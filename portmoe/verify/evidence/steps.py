@@ -66,6 +66,11 @@ def _problems(directory: Directory, walked: Walk) -> Iterator[Problem]:
     logged = _logged(directory)
     begins = {start.first_step for start in walked.starts}
     step_tokens = tokens_per_step([record for _, record in directory.records])
+    flops = {
+        id(config): (benchmark_flops_per_token(config, recompute=True), model_flops_per_token(config))
+        for config in (directory.config, *(start.config for start in walked.starts))
+        if config is not None
+    }
     for line, record in directory.records:
         config = walked.config_of(record["step"]) or directory.config
         new_start = record["step"] in begins
@@ -77,7 +82,7 @@ def _problems(directory: Directory, walked: Walk) -> Iterator[Problem]:
             checks += [
                 _order(record, before, config),
                 _schedule(record, config),
-                _rates(record, config, step_tokens),
+                _rates(record, flops[id(config)], step_tokens),
             ]
             checks.append(_tokens(record, before, config, step_tokens))
         for quantity, detail in (found for check in checks for found in check):
@@ -123,8 +128,8 @@ def _tokens(
         yield "num_consumed_tokens", f"it is {consumed} after {former}, and a step has {step_tokens}"
 
 
-def _rates(record: Record, config: Config, step_tokens: int) -> Iterator[tuple[str, str]]:
-    """Rates follow from tokens and seconds, and FLOP/s from rates."""
+def _rates(record: Record, flops: tuple[float, float], step_tokens: int) -> Iterator[tuple[str, str]]:
+    """Rates follow from tokens and seconds, and FLOP/s from rates and both counts of a token's."""
     tgs, seconds = record["tgs (tokens/gpu/second)"], record["step_time"]
     labelled = sum(record.get(f"tokens/{name}") or 0 for name in DATA_TYPES)
     ranks = step_tokens / (tgs * seconds) if tgs and seconds else math.nan
@@ -134,8 +139,8 @@ def _rates(record: Record, config: Config, step_tokens: int) -> Iterator[tuple[s
     expected = {
         "tgs/last_tgs_1": tgs,
         "real_tgs": labelled / round(ranks) / seconds,
-        "tflops": tgs * benchmark_flops_per_token(config, recompute=True) / 1e12,
-        "model_tflops": tgs * model_flops_per_token(config) / 1e12,
+        "tflops": tgs * flops[0] / 1e12,
+        "model_tflops": tgs * flops[1] / 1e12,
     }
     for key, value in expected.items():
         if not _alike(record.get(key), value, SUMS):

@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from portmoe.files import json_text, write_whole
+from portmoe.files import json_text, write_all
 from portmoe.record import page
 from portmoe.record.origin import of_report
 from portmoe.record.run_directory import CONFIG
@@ -66,8 +66,7 @@ def write(found: Replay, out: Path) -> None:
         "steps": list(found.recorded.starts.values()),
         "results": [{key: getattr(result, key) for key in RECORDED} for result in found.results],
     }
-    write_whole(out / JSON, json_text(record, indent=1, words=True) + "\n")
-    write_whole(out / PAGE, html(found))
+    write_all(out, {JSON: json_text(record, indent=1, words=True) + "\n", PAGE: html(found)})
 
 
 def html(found: Replay) -> str:

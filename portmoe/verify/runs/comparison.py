@@ -147,7 +147,7 @@ def compare(first: Run, second: Run, twins: Sequence[Path] = ()) -> Comparison:
         )
     found = list(quantities(a, b))
     judged = [judge.of(quantity) for quantity in found]
-    judged[2:2] = _validation(a, b, judge, notes)
+    judged[2:2] = _validation(a, b, judge, judged[0].bands, notes)
     if begin and limits.first_norm < limits.norm:
         notes.append(
             f"in the first step, where the weights are still the same, norms may deviate by "
@@ -235,13 +235,17 @@ def _require_same_batch(a: Records, b: Records) -> None:
 def _accepted(run: Run, records: Records) -> bool | None:
     """Whether a run meets the benchmark's acceptance; None on other data, and where it is too short."""
     late = [record["loss"] for record in records if record["step"] >= acceptance.FIRST_STEP]
-    if not late or not run.on_dummy_data:
-        return None
-    return all(loss is not None and loss < acceptance.LIMIT for loss in late)
+    return acceptance.judge(late).accepted if run.on_dummy_data else None
 
 
-def _validation(a: Records, b: Records, judge: _Judge, notes: list[str]) -> Iterator[Judged]:
-    """The loss of the validations that both runs made after the same steps."""
+def _validation(
+    a: Records, b: Records, judge: _Judge, of_each_step: Sequence[float], notes: list[str]
+) -> Iterator[Judged]:
+    """The loss of the validations that both runs made after the same steps.
+
+    Args:
+        of_each_step: the bands of the loss.
+    """
     made = [{i for i, record in enumerate(run) if "valid_loss" in record} for run in (a, b)]
     both = sorted(made[0] & made[1])
     unlike = [i for i in both if ("valid_tokens" in a[i]) != ("valid_tokens" in b[i])]
@@ -259,7 +263,6 @@ def _validation(a: Records, b: Records, judge: _Judge, notes: list[str]) -> Iter
     if both:
         losses = (column([run[i] for i in both], "valid_loss") for run in (a, b))
         found = distance("validation loss", *losses)
-        of_each_step = judge.of(next(quantities(a, b))).bands
         bands = [max(judge.limits.loss, of_each_step[i]) for i in both if i < len(of_each_step)]
         left = found.leaves([*bands, *[UNJUDGED] * (len(both) - len(bands))])
         yield Judged(found, bands, None if left is None else judge.steps[both[left]])

@@ -10,6 +10,7 @@ from portmoe.config import Config
 from portmoe.config.read import load_config
 from portmoe.data.fingerprint import described
 from portmoe.errors import ConfigError
+from portmoe.record import acceptance
 from portmoe.record.run_directory import CONFIG, DATA, ENVIRONMENT, first_difference
 from portmoe.record.writers import METRICS, read_metrics
 
@@ -33,7 +34,7 @@ class Run:
     @property
     def on_dummy_data(self) -> bool:
         """Whether the benchmark's acceptance applies to it."""
-        return self.config.data.train_folder is None
+        return acceptance.applies(self.config)
 
     def at(self, steps: "list[int]") -> list[dict[str, Any]]:
         """The records of these steps."""
