@@ -113,8 +113,8 @@ def activation_bytes(
 
     Counted is what a lean implementation of each operation keeps, as the modules declare it
     (``kept_bytes``), by halves of a block: its input, the norm's output and what is inside. A recomputed
-    layer keeps its input; the largest is there once more while it is recomputed. The head keeps a few slices
-    of the logits. (The reference cross entropy keeps all of them.)
+    layer keeps its input; what it needs while it is recomputed is ``recomputed_bytes``. The head keeps a few
+    slices of the logits. (The reference cross entropy keeps all of them.)
 
     The CPU's implementations keep 0.9 to 1.5 times this, less where the experts' hidden rows are computed
     again; the plain references up to 2.5 times.
@@ -126,15 +126,19 @@ def activation_bytes(
     model = config.architecture
     modules, recomputed = outline(model), config.recomputed_layers
     inputs = share.own * model.hidden * share.item
-    kept, largest = 0, 0
+    kept = 0
     for place in range(len(model.layers)) if layers is None else layers:
-        block = modules.blocks[model.layers[place]]
-        if place < recomputed:
-            kept += inputs
-            # What is gathered while recomputing lives for one backward pass.
-            largest = max(largest, block.kept_bytes(replace(share, regather=False)))
-        else:
-            kept += block.kept_bytes(share)
+        kept += inputs if place < recomputed else modules.blocks[model.layers[place]].kept_bytes(share)
     if head:
         kept += inputs + modules.head.kept_bytes(share)
-    return kept + largest
+    return kept
+
+
+def recomputed_bytes(config: Config, share: Share, layers: Iterable[int] | None = None) -> int:
+    """Bytes of the largest recomputed layer: there once, however many micro-batches are under way."""
+    model = config.architecture
+    blocks = outline(model).blocks
+    at_work = replace(share, regather=False)  # what is gathered while recomputing lives for one backward pass
+    places = range(len(model.layers)) if layers is None else layers
+    kinds = {model.layers[place] for place in places if place < config.recomputed_layers}
+    return max((blocks[kind].kept_bytes(at_work) for kind in kinds), default=0)

@@ -9,7 +9,7 @@ from portmoe.accelerator import Accelerator, get_accelerator
 from portmoe.config import Config
 from portmoe.config.read import default_model, no_effect_notes
 from portmoe.costs.flops import benchmark_flops_per_token, model_flops_per_token
-from portmoe.costs.memory import activation_bytes
+from portmoe.costs.memory import activation_bytes, recomputed_bytes
 from portmoe.costs.parameters import count_parameters
 from portmoe.ops import OPERATIONS, choose
 from portmoe.parallel.layout import Layout, most_ranks
@@ -81,7 +81,7 @@ def _memory(config: Config, layout: Layout) -> Iterator[tuple[str, str]]:
 
 
 def _activations(config: Config, layout: Layout) -> int:
-    """Bytes of the fullest rank: its layers' for every micro-batch under way, the head's for one."""
+    """Bytes of the fullest rank: what its layers keep for every micro-batch under way, the rest for one."""
     chunks, share = config.model.num_chunks, share_of(config, layout, torch.device("meta"))
     head = activation_bytes(config, share, layers=())
     held = []
@@ -89,7 +89,8 @@ def _activations(config: Config, layout: Layout) -> int:
         stages = stages_of(config, rank)
         places = [place for stage in stages for place in stage.layers]
         layers = activation_bytes(config, share, places, head=False)
-        held.append(round(layers * in_flight(layout, chunks, rank) / chunks) + head * stages[-1].head)
+        once = recomputed_bytes(config, share, places) + head * stages[-1].head
+        held.append(round(layers * in_flight(layout, chunks, rank) / chunks) + once)
     return max(held)
 
 

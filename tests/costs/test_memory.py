@@ -8,7 +8,7 @@ import torch
 import portmoe
 from portmoe.accelerator import get_accelerator
 from portmoe.config import Config
-from portmoe.costs.memory import activation_bytes, state_bytes
+from portmoe.costs.memory import activation_bytes, recomputed_bytes, state_bytes
 from portmoe.costs.parameters import count_parameters
 from portmoe.data.batch import Batch
 from portmoe.model import Decoder, Router
@@ -102,7 +102,10 @@ def test_recomputation_keeps_inputs_and_one_layer():
     for recompute, count in ((0.5, 2), (True, 4)):
         config = make_config(num_layers=4, checkpoint=recompute)
         recomputed = activation_bytes(config, share(config), head=False)
-        assert recomputed == (4 - count) * layer + count * TOKENS * 64 * 4 + layer
+        assert recomputed == (4 - count) * layer + count * TOKENS * 64 * 4
+        assert recomputed_bytes(config, share(config)) == layer
+    assert recomputed_bytes(plain, share(plain)) == 0
+    assert recomputed_bytes(make_config(checkpoint=0.5), share(plain), layers=[2]) == 0
 
 
 def test_state_of_the_7b_model_on_32_ranks():

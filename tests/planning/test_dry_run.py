@@ -121,6 +121,23 @@ def test_recomputing_saves_activations(capsys):
     assert activations("--set", "model.checkpoint=0.5") < activations()
 
 
+def test_a_recomputed_layer_is_there_once_however_many_micro_batches_are_under_way(capsys):
+    """Of 4 stages the first holds the inputs of its 8 layers for 4 micro-batches, 32 MiB each."""
+
+    def activations(*overrides):
+        keys = ("model.checkpoint=true", "data.global_batch_size=512", *overrides)
+        settings = [part for key in keys for part in ("--set", key)]
+        text = shown(capsys, "--config", "7b_moe4", "--world-size", "4", *settings)
+        return float(re.search(r"activations ([\d.]+) GiB", text)[1])
+
+    # alone: the inputs of 32 layers, the head, and the layer at work
+    config = portmoe.load_config("7b_moe4")
+    share = share_of(config, Layout.plan(config, 1), torch.device("meta"))
+    head = activation_bytes(config, share, layers=()) / 2**30
+    layer = activations() - 1 - head
+    assert activations("parallel.pipeline.size=4") == pytest.approx(1 + layer, abs=0.02)
+
+
 def test_the_chosen_operations_and_why_not_the_preferred_one(capsys):
     assert "attention.sdpa" in shown(capsys)
     text = shown(capsys, "--set", "ops.disable=[attention.sdpa]")
