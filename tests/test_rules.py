@@ -220,11 +220,13 @@ LEVEL = {
     "launch": 3,
     "model": 3,
     "costs": 4,
+    "generation": 4,
     "parallel": 5,
     "profiling": 5,
     "record": 5,
     "planning": 6,
     "training": 7,
+    "chat": 8,
     "verify": 8,
     "cli": 9,
 }

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from portmoe.errors import ConfigError, TrainingError
+from portmoe.errors import PortmoeError, TrainingError
 
 
 def on_first_rank(group: dist.ProcessGroup, work: Callable[[], Any]) -> Any:
@@ -14,7 +14,7 @@ def on_first_rank(group: dist.ProcessGroup, work: Callable[[], Any]) -> Any:
     if dist.get_rank(group) == 0:
         try:
             outcome[0] = work()
-        except (ConfigError, TrainingError) as error:
+        except PortmoeError as error:
             outcome[1] = error
         except OSError as error:
             outcome[1] = TrainingError(f"the checkpoint folder cannot be used: {error}")
@@ -26,10 +26,10 @@ def on_first_rank(group: dist.ProcessGroup, work: Callable[[], Any]) -> Any:
 
 def agree(group: dist.ProcessGroup, work: Callable[[], None]) -> None:
     """Do ``work`` on every rank; if it fails on any, every rank raises the lowest such rank's error."""
-    mine: ConfigError | TrainingError | None = None
+    mine: PortmoeError | None = None
     try:
         work()
-    except (ConfigError, TrainingError) as error:
+    except PortmoeError as error:
         mine = error
     errors: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(errors, mine, group=group)

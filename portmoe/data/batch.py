@@ -22,6 +22,8 @@ class Batch:
     segments: Segments
     index: int  # number of the micro-batch, counted over all ranks since the run's start
     crc32: int = 0  # of tokens, labels and the segments' ends
+    # int64, places of tokens: the decoder gives logits of what follows them, and no loss; None: the loss
+    asked_B: torch.Tensor | None = None
 
     @classmethod
     def from_pack(cls, pack: Pack, index: int) -> "Batch":
@@ -54,6 +56,7 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Return the batch with its tensors on ``device``."""
-        names = ("tokens_T", "labels_T", "positions_T", "types_T")
-        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
+        names = ("tokens_T", "labels_T", "positions_T", "types_T", "asked_B")
+        there = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        moved = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in there.items()}
         return replace(self, **moved)

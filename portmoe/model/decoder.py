@@ -185,7 +185,7 @@ class Decoder(nn.Module):
 
     def forward(
         self, inputs: torch.Tensor, batch: "Batch", terms_so_far_W: torch.Tensor | None = None
-    ) -> DecoderOutput | StageOutput:
+    ) -> DecoderOutput | StageOutput | torch.Tensor:
         """One micro-batch.
 
         Args:
@@ -194,7 +194,8 @@ class Decoder(nn.Module):
             terms_so_far_W: float32, the terms of the stage before.
 
         Returns:
-            ``DecoderOutput`` where the head is here, else ``StageOutput``.
+            ``DecoderOutput`` where the head is here, else ``StageOutput``. Where the batch asks for it, the
+            head gives logits [B,V] instead, see ``Head.logits``.
         """
         x_TH = inputs if self.embedding is None else self._embed(inputs)
         tables = self._rotary_tables(batch.positions_T)
@@ -212,6 +213,8 @@ class Decoder(nn.Module):
         assigned_LE, kept_LE = _stack(assigned, x_TH), _stack(kept, x_TH)
         if self.head is None:
             return StageOutput(x_TH, terms_W, assigned_LE, kept_LE)
+        if batch.asked_B is not None:
+            return self.head.logits(self.norm(x_TH), batch.asked_B)
         smoothing = self.config.loss.label_smoothing
         loss_T, correct_T = self.head(self.norm(x_TH), batch.labels_T, smoothing)
         aux_loss, z_loss = balance.losses(self.architecture, terms_W)

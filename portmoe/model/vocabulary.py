@@ -1,5 +1,6 @@
 """The two ends of the decoder that know the vocabulary: the embedding, and the head with the loss."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -42,6 +43,7 @@ class Head(nn.Module):
 
     Attributes:
         cut: which classes are here, where ranks share the vocabulary.
+        all_classes: makes the logits of all classes, in the last dimension, of those that are here.
     """
 
     cuts: ClassVar[dict[str, Cut]] = {"weight": Cut(0)}
@@ -52,6 +54,7 @@ class Head(nn.Module):
         self.ops = ops
         self.region, self.tokens = ALONE, ALL_TOKENS
         self.cut: CutVocabulary | None = None
+        self.all_classes: Callable[[torch.Tensor], torch.Tensor] = _same
 
     def forward(
         self, x_TH: torch.Tensor, labels_T: torch.Tensor, label_smoothing: float
@@ -67,6 +70,16 @@ class Head(nn.Module):
             return loss_T, correct_T
         both_T2 = self.tokens.gather(torch.stack((loss_T, correct_T.float()), dim=1))
         return both_T2[:, 0].contiguous(), both_T2[:, 1].detach() > 0
+
+    def logits(self, x_TH: torch.Tensor, places_B: torch.Tensor) -> torch.Tensor:
+        """float32 [B,V]: the logits of what follows these tokens of the micro-batch, the same on every rank.
+
+        The products are in the hidden states' dtype. For generation: without a gradient.
+        """
+        weight_VH = computed(self.weight, x_TH.dtype)
+        with self.region.entered(x_TH) as x_TH:
+            x_BH = self.tokens.gather(x_TH)[places_B]
+        return self.all_classes(F.linear(x_BH, weight_VH).float())
 
     def calls(self, share: Share) -> Calls:
         vocabulary, hidden = self.weight.shape
@@ -85,3 +98,7 @@ class Head(nn.Module):
         vocabulary, hidden = self.weight.shape
         kept = share.entering * hidden * share.item + share.inside * FP32_BYTES
         return kept + kept_bytes(share.inside, vocabulary // share.parts, share.dtype)
+
+
+def _same(logits_BV: torch.Tensor) -> torch.Tensor:
+    return logits_BV

@@ -1,6 +1,6 @@
 """The loss with the vocabulary cut over the tensor-parallel ranks.
 
-No rank ever has the logits of a class of another: the ranks exchange five numbers per token.
+In training no rank has the logits of a class of another: the ranks exchange five numbers per token.
 """
 
 from functools import partial
@@ -20,6 +20,14 @@ def share(model: Decoder, region: Region) -> None:
         classes = vocabulary // region.parts
         first = region.rank * classes
         model.head.cut = CutVocabulary(first, vocabulary, partial(_exchanged, group, classes, first))
+        model.head.all_classes = partial(_gathered, group)
+
+
+def _gathered(group: dist.ProcessGroup, mine_BV: torch.Tensor) -> torch.Tensor:
+    """The logits of all classes, for generation: of few tokens, and without a gradient."""
+    parts = [torch.empty_like(mine_BV) for _ in range(group.size())]
+    dist.all_gather(parts, mine_BV.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)
 
 
 def _exchanged(group: dist.ProcessGroup, classes: int, first: int, mine: Statistics) -> Statistics:

@@ -22,7 +22,7 @@ from portmoe.config.sections.execution import PARTITIONED_PARAMETERS
 from portmoe.costs.parameters import parameter_groups
 from portmoe.data.batch import Batch
 from portmoe.errors import BackendError
-from portmoe.model.decoder import Decoder
+from portmoe.model.decoder import Decoder, DecoderOutput
 from portmoe.ops.table import OpTable
 from portmoe.parallel.layout import Layout
 from portmoe.training.deepspeed_experts import split_experts, whole_name
@@ -102,7 +102,7 @@ class DeepSpeedEngine(Engine):
     def _accumulate(self, batches: Sequence[Batch], objective: "Consume") -> None:
         for number, batch in enumerate(batches):
             self._zero.set_gradient_accumulation_boundary(number == len(batches) - 1)
-            result = objective(batch, self._zero(batch.tokens_T, batch))
+            result = objective(batch, self._forward(batch))
             self._backward_clock.start()
             self._zero.backward(result, scale_wrt_gas=False)
             self._backward_clock.stop()
@@ -127,7 +127,10 @@ class DeepSpeedEngine(Engine):
     def _evaluate(self, batches: Sequence[Batch], measure: "Consume") -> None:
         with torch.no_grad():
             for batch in batches:
-                measure(batch, self._zero(batch.tokens_T, batch))
+                measure(batch, self._forward(batch))
+
+    def _forward(self, batch: Batch) -> DecoderOutput | torch.Tensor:
+        return self._zero(batch.tokens_T, batch)
 
     def tensors(self, optimizer: bool = True) -> dict[str, torch.Tensor]:
         """Whole copies on the host, each on one rank, so that no rank holds all of them."""

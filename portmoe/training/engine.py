@@ -2,7 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from portmoe.config import Config
 from portmoe.costs.parameters import merged, parameter_groups
 from portmoe.data.batch import Batch
 from portmoe.families.architecture import Balance
+from portmoe.generation.decode import NextLogits, answering
 from portmoe.model.decoder import DecoderOutput, StageOutput
 from portmoe.model.init import initialise
 from portmoe.ops.cross_entropy import IGNORED
@@ -142,6 +144,16 @@ class Engine(ABC):
         self._evaluate(batches, measure)
         return metrics
 
+    @contextmanager
+    def answering(self) -> Iterator[NextLogits]:
+        """What ``generate`` is given its logits by, on all ranks at once; nothing of training changes.
+
+        A pipeline has no such pass.
+        """
+        with answering(self.model):
+            yield lambda batch: self._forward(batch.to(self._device))
+        zero.drop_compute_copies(self.model)
+
     def load_state(self, state: dict) -> None:
         """Continue from what ``state`` returned. The tensors have been taken over before."""
         self.loss_scale.load_state_dict(state["loss_scale"])
@@ -157,6 +169,10 @@ class Engine(ABC):
     @abstractmethod
     def _evaluate(self, batches: Sequence[Batch], measure: "Consume") -> None:
         """Run every micro-batch forward and ``measure`` it."""
+
+    @abstractmethod
+    def _forward(self, batch: Batch) -> DecoderOutput | torch.Tensor:
+        """Run one micro-batch forward where this rank holds the whole decoder."""
 
     @abstractmethod
     def tensors(self, optimizer: bool = True) -> dict[str, torch.Tensor]:
@@ -226,7 +242,7 @@ class NativeEngine(Engine):
         (decoder,) = self.model
         for number, batch in enumerate(batches):
             zero.begin_micro_batch(decoder, last=number == len(batches) - 1)
-            result = objective(batch, decoder(batch.tokens_T, batch))
+            result = objective(batch, self._forward(batch))
             self._backward_clock.start()
             result.backward()
             self._backward_clock.stop()
@@ -241,13 +257,16 @@ class NativeEngine(Engine):
 
     def _evaluate(self, batches: Sequence[Batch], measure: "Consume") -> None:
         if self._pipeline is None:
-            (decoder,) = self.model
             with torch.no_grad():
                 for batch in batches:
-                    measure(batch, decoder(batch.tokens_T, batch))
+                    measure(batch, self._forward(batch))
         else:
             self._pipeline.evaluate(batches, measure)
         zero.drop_compute_copies(self.model)
+
+    def _forward(self, batch: Batch) -> DecoderOutput | torch.Tensor:
+        (decoder,) = self.model
+        return decoder(batch.tokens_T, batch)
 
     def tensors(self, optimizer: bool = True) -> dict[str, torch.Tensor]:
         model = {f"model.{name}": p.detach() for name, p in self.optimizer.parameters.items()}

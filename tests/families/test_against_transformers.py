@@ -10,6 +10,7 @@ from portmoe.checkpoint.hub_read import fill
 from portmoe.config.read import load_config
 from portmoe.data.batch import Batch
 from portmoe.data.loader import open_data
+from portmoe.generation.decode import Decoding, answering, answers
 from portmoe.model import Decoder
 from portmoe.model.moe import MoE
 from portmoe.ops import Segments
@@ -107,6 +108,34 @@ def test_logits_routing_and_gradients(variant, saved, monkeypatch):
         scale = gradients[name].norm()
         assert scale > 0, name
         assert (parameter.grad - gradients[name]).norm() <= 1e-4 * scale, name
+
+
+ANSWERED = 24
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_greedy_generation(variant, saved):
+    """Token by token theirs, several prompts at once, each ending where theirs does."""
+    theirs, folder = saved(variant)
+    samples, _ = packed()
+    prompts = [sample[:length] for sample, length in zip(samples, (23, 1, 11), strict=True)]
+
+    def generated(**options):
+        options |= {"do_sample": False, "max_new_tokens": ANSWERED, "pad_token_id": 0}
+        with torch.no_grad():
+            found = [theirs.generate(prompt[None], **options)[0].tolist() for prompt in prompts]
+        return [answer[len(prompt) :] for answer, prompt in zip(found, prompts, strict=True)]
+
+    _, model = ours(folder)
+    given = [prompt.tolist() for prompt in prompts]
+    free = generated(eos_token_id=None)
+    end = free[0][5]  # at the latest the first answer ends with it
+    with answering(model):
+        for ends, expected in ((set(), free), ({end}, generated(eos_token_id=end))):
+            decoding = Decoding(ANSWERED, ends)
+            assert answers(lambda b: model(b.tokens_T, b), given, decoding, 16) == expected
+    assert len(expected[0]) <= 6
+    assert expected[0][-1] == end
 
 
 WITH_A_LOSS = [name for name in VARIANTS if not name.startswith("deepseek")]
