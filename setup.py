@@ -32,6 +32,7 @@ setup(
     packages=list(packages()),
     package_dir=packages(),
     package_data={
+        "": ["*.jinja"],  # chat templates
         "portmoe": ["py.typed"],
         "portmoe.backends.cpu": ["*.c", "*.h"],
         "portmoe.configs": ["*.yaml"],

@@ -142,6 +142,19 @@ def _of_the_rest(config: "Tree") -> Iterator[Rule]:
         ("data.min_length",),
     )
     yield (
+        data.train_folder is None and data.valid_folder is None,
+        "the dummy data is not tokenized",
+        (
+            *("data.format", "data.tokenizer", "data.chat_template", "data.train_on", "data.on_bad_sample"),
+            "data.cache_folder",
+        ),
+    )
+    yield (
+        data.format == "text",
+        "data.format is 'text': every token is learned",
+        ("data.chat_template", "data.train_on"),
+    )
+    yield (
         not ckpt.saves,
         "ckpt.enable_save_ckpt is false: nothing is saved",
         ("ckpt.checkpoint_every", "ckpt.keep", "ckpt.async_upload", "ckpt.save_optimizer"),

@@ -3,17 +3,15 @@
 Imports numpy but not torch, so that a dry run and the checks of a config stay quick.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 from portmoe.config import Config
 from portmoe.config.section import LARGEST_SIZE
 from portmoe.data.fingerprint import fingerprint
 from portmoe.data.packing import Packing, PackSequence
 from portmoe.data.sources.dummy import DummyDataset
-from portmoe.data.sources.tokenized import open_folder
+from portmoe.data.sources.opened import Split, open_samples
 from portmoe.errors import ConfigError
-
-Split = Literal["train", "valid"]
 
 SAMPLES_PER_RANK = 500  # of the dummy data, fixed by the benchmark
 
@@ -31,7 +29,7 @@ def open_packs(config: Config, size: int, micro_num: int, split: Split = "train"
         samples = [_open_dummy(config, size if split == "train" else 1)]
         check_vocabulary(config, samples[0].max_token, "the dummy data")
     else:
-        samples = open_folder(folder, f"data.{split}_folder", data.min_length)
+        samples = open_samples(config, split).samples
     pack_len = data.micro_bsz * data.seq_len
     packs = PackSequence([Packing(one, data.seq_len, pack_len) for one in samples])
     needed = micro_num * size if split == "train" else 1  # a validation takes all there are

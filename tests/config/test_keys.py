@@ -22,6 +22,8 @@ SAME_RUN = [
     "data.valid_every",
     "data.total_steps",
     "data.valid_folder",
+    "data.on_bad_sample",
+    "data.cache_folder",
     "run.name",
     "log",
     "lr_scheduler.total_steps",

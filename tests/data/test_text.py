@@ -7,9 +7,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+import portmoe as package
 from portmoe.cli.main import run as portmoe
+from portmoe.data.sources.opened import open_samples
 from portmoe.data.sources.tokenized import open_folder
-from portmoe.data.text import documents, make
+from portmoe.data.text import documents, make, parts
 from portmoe.errors import ConfigError
 
 TEXT = "It was a dark night.\nВ лесу 森林 темно.\n" * 40 + "no line end at the end"
@@ -42,7 +44,7 @@ def made(book, out, **options):
 @pytest.mark.parametrize("part", [7, 64, 1000, 10**6])
 @pytest.mark.parametrize("piece", [5, 1 << 16])
 def test_every_byte_is_there_once_however_the_file_is_divided(book, tmp_path, monkeypatch, part, piece):
-    monkeypatch.setattr(documents, "PART", part)
+    monkeypatch.setattr(parts, "PART", part)
     monkeypatch.setattr(documents, "PIECE", piece)
     told = made(book, tmp_path / "set")
     found = samples(tmp_path / "set")
@@ -76,7 +78,7 @@ def test_a_tokenizer_of_the_hubs_format(tmp_path, book):
 
 
 def test_what_was_stopped_goes_on_and_is_not_there_before_it_is_whole(book, tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "PART", 200)
+    monkeypatch.setattr(parts, "PART", 200)
     out, write, written = tmp_path / "set", make.write_part, []
 
     def stops_at_the_third(part, target, tokenizer):
@@ -109,7 +111,7 @@ def test_a_folder_made_of_something_else_is_left_alone(book, tmp_path, monkeypat
 
 
 def test_several_processes_make_the_same_set(book, tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "PART", 1500)
+    monkeypatch.setattr(parts, "PART", 1500)
     made(book, tmp_path / "one")
     made(book, tmp_path / "two", jobs=2)
     assert samples(tmp_path / "one") == samples(tmp_path / "two")
@@ -119,8 +121,8 @@ def test_several_processes_make_the_same_set(book, tmp_path, monkeypatch):
     ("name", "content", "said"),
     [
         ("a.txt", b"caf\xe9\n", "is not UTF-8"),
-        ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "has a line at byte 14"),
-        ("a.jsonl", b'{"text": 3}\n', "has a line at byte 0"),
+        ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "line 2 of"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1 of"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, content, said, capsys):
@@ -132,8 +134,11 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, said, capsys):
 
 
 def test_training_on_a_folder_of_text_names_the_command_and_its_result_is_read(book, capsys, tmp_path):
-    with pytest.raises(ConfigError, match=r"book.txt.*portmoe data tokenize .*--tokenizer bytes -o FOLDER"):
-        open_folder(str(book.parent), "data.train_folder", 0)
+    config = package.load_config("tiny_moe4", [f"data.train_folder={book.parent}"])
+    with pytest.raises(
+        ConfigError, match=r"data.tokenizer.*portmoe data tokenize .*--tokenizer bytes -o FOLDER"
+    ):
+        open_samples(config, "train")
     out = tmp_path / "my set"
     assert (
         portmoe(["data", "tokenize", str(book), "--tokenizer", "bytes", "-o", str(out), "--jobs", "1"]) == 0

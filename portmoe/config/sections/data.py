@@ -7,6 +7,9 @@ from pydantic import Field, field_validator, model_validator
 from portmoe.config.keys import OF_THE_DATA, SAME_RUN, no_effect
 from portmoe.config.section import LARGEST_SIZE, Count, NonNegative, Path, Positive, Section, Size
 
+Format = Literal["auto", "alpaca", "sharegpt", "messages", "xtuner", "text"]
+Paths = Annotated[list[Path], Field(min_length=1, max_length=64)]
+
 
 class DataConfig(Section):
     """What one step consumes. One micro-batch is one pack of micro_bsz · seq_len tokens."""
@@ -26,8 +29,16 @@ class DataConfig(Section):
     skip_batches: str = ""  # steps passed over, as "3,10-12"
     rampup_batch_size: Literal[""] | None = ""
     min_length: Annotated[Count, OF_THE_DATA] = 50  # shorter samples of a tokenized data set are left out
-    train_folder: Annotated[Path | None, OF_THE_DATA] = None  # null: the built-in dummy data
-    valid_folder: Annotated[Path | None, SAME_RUN] = None
+    # a folder or file, or a list of them, each a source of its own; null: the built-in dummy data
+    train_folder: Annotated[Path | Paths | None, OF_THE_DATA] = None
+    valid_folder: Annotated[Path | Paths | None, SAME_RUN] = None
+    # auto: a folder with .bin files is tokenized, others are known by their first record
+    format: Annotated[Format, OF_THE_DATA] = "auto"
+    tokenizer: Annotated[Path | None, OF_THE_DATA] = None  # a folder; null: that of model.from_pretrained
+    chat_template: Annotated[Path, OF_THE_DATA] = "tokenizer"  # its own, a packaged one's name, or FILE.jinja
+    train_on: Annotated[Literal["assistant", "last_turn", "all"], OF_THE_DATA] = "assistant"
+    on_bad_sample: Annotated[Literal["skip", "error"], SAME_RUN] = "skip"
+    cache_folder: Annotated[Path | None, SAME_RUN] = None  # of what was tokenized; null: the user's cache
     # of the dummy data; null: 500 · data-parallel size, and 500 to validate with
     num_samples: Annotated[Size | None, OF_THE_DATA] = None
     fixed_random_dataset_seqlen: bool = True

@@ -18,7 +18,6 @@ import numpy as np
 from portmoe.data.sources.sample import DATA_TYPES, Sample
 from portmoe.errors import ConfigError
 
-TEXT = (".txt", ".md", ".text", ".jsonl")  # the endings that ``data.text`` knows
 # What a file system says that maps no files into memory; a file is then read as a whole.
 NO_MAPPING = {errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP}
 
@@ -119,15 +118,10 @@ def open_folder(folder: str, key: str, min_length: int) -> list[TokenizedFile]:
         folders.sort()
         paths = [Path(parent, name) for name in sorted(names) if name.endswith(".bin")]
         files += [TokenizedFile(path, key, min_length, _type_id(path.relative_to(root))) for path in paths]
-    if not files and (text := next((p for p in root.rglob("*") if p.suffix in TEXT), None)):
-        raise ConfigError(
-            f"{key}={folder!r} holds text ({text.relative_to(root)}) and no tokenized .bin file; make a "
-            f"folder of those with `portmoe data tokenize {folder} --tokenizer bytes -o FOLDER` (bytes, or a "
-            f"folder with a tokenizer.json) and set {key} to it"
-        )
     if not files:
         raise ConfigError(
-            f"{key}={folder!r} holds no .bin file; name a folder of tokenized .bin files or set it to null"
+            f"{key}={folder!r} holds no .bin file, nor one of text or conversations; name a folder of such "
+            "files or set it to null"
         )
     return files
 

@@ -1,37 +1,33 @@
-"""The documents in files of text, read in parts, so that several processes share one large file.
+"""The documents in files of text.
 
 A reader is a function from a part to pieces of documents; a format is a reader by the ending of its files.
 """
 
 import codecs
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from portmoe.data.text import records
+from portmoe.data.text.parts import Part, opened, unreadable, where
 from portmoe.errors import ConfigError
 
-PART = 4 << 20  # bytes of a file that one process takes at a time
 PIECE = 1 << 16  # bytes of plain text that are tokenized at once
 
 
 @dataclass(frozen=True)
-class Part:
-    """The lines of a file that begin in its bytes ``start`` to ``end``."""
-
-    path: Path
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
 class Piece:
-    """Text of one document; ``ends``: nothing of the document follows."""
+    """Text of one document, or what is wrong with it; ``ends``: nothing of the document follows.
+
+    ``place`` is where the document begins, as ``records.Record`` has it.
+    """
 
     text: str
     ends: bool
+    place: int = 0
+    problem: str = ""
 
 
 Reader = Callable[[Part], Iterator[Piece]]
@@ -39,15 +35,15 @@ Reader = Callable[[Part], Iterator[Piece]]
 
 def plain(part: Part) -> Iterator[Piece]:
     """A file of text is one document, cut at the ends of lines."""
-    with _opened(part) as file:
+    with opened(part) as file:
         decode = codecs.getincrementaldecoder("utf-8")().decode
         try:
             for block in _blocks(file, part):
-                yield Piece(decode(block), False)
+                yield Piece(decode(block), False, part.start)
             if part.end >= os.stat(part.path).st_size:
-                yield Piece(decode(b"", final=True), True)
+                yield Piece(decode(b"", final=True), True, part.start)
         except UnicodeDecodeError as error:
-            raise _unreadable(part.path, f"is not UTF-8 ({error.reason}); save it as UTF-8") from error
+            raise unreadable(part.path, f"is not UTF-8 ({error.reason}); save it as UTF-8") from error
 
 
 def _blocks(file: BinaryIO, part: Part) -> Iterator[bytes]:
@@ -62,22 +58,18 @@ def _blocks(file: BinaryIO, part: Part) -> Iterator[bytes]:
     yield block
 
 
-def json_lines(part: Part) -> Iterator[Piece]:
-    """A line is a document: ``{"text": "…"}``."""
-    with _opened(part) as file:
-        while (at := file.tell()) < part.end and (line := file.readline()):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line.decode("utf-8"))["text"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                text = None
-            if not isinstance(text, str):
-                raise _unreadable(part.path, f'has a line at byte {at} that is not {{"text": "…"}}')
-            yield Piece(text, True)
+def objects(part: Part) -> Iterator[Piece]:
+    """An object is a document: ``{"text": "…"}``."""
+    for record in records.records(part):
+        text = record.value.get("text") if record.value is not None else None
+        if isinstance(text, str):
+            yield Piece(text, True, record.place)
+        else:
+            yield Piece("", True, record.place, record.problem or 'it is not {"text": "…"}')
 
 
-READERS: Mapping[str, Reader] = {".txt": plain, ".md": plain, ".text": plain, ".jsonl": json_lines}
+PLAIN: Mapping[str, Reader] = {".txt": plain, ".md": plain, ".text": plain}
+READERS: Mapping[str, Reader] = {**PLAIN, **dict.fromkeys(records.READERS, objects)}
 
 
 def read(part: Part) -> Iterator[Piece]:
@@ -87,6 +79,18 @@ def read(part: Part) -> Iterator[Piece]:
         ConfigError: the file cannot be read as what its ending says.
     """
     return READERS.get(part.path.suffix.lower(), plain)(part)
+
+
+def read_sound(part: Part) -> Iterator[Piece]:
+    """The same where every document is sound.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for piece in read(part):
+        if piece.problem:
+            raise ConfigError(f"{where(part.path, piece.place)}: {piece.problem}")
+        yield piece
 
 
 def files(given: Iterable[Path]) -> list[Path]:
@@ -109,25 +113,3 @@ def files(given: Iterable[Path]) -> list[Path]:
             "read"
         )
     return list(dict.fromkeys(found))
-
-
-def parts(path: Path) -> list[Part]:
-    """A file in parts that together are the whole of it."""
-    size = path.stat().st_size
-    return [Part(path, start, min(start + PART, size)) for start in range(0, size, PART)]
-
-
-def _opened(part: Part) -> BinaryIO:
-    """The file, at the first line that begins in the part."""
-    try:
-        file = part.path.open("rb")
-    except OSError as error:
-        raise _unreadable(part.path, f"cannot be read ({error.strerror})") from error
-    if part.start:
-        file.seek(part.start - 1)
-        file.readline()  # it began before
-    return file
-
-
-def _unreadable(path: Path, what: str) -> ConfigError:
-    return ConfigError(f"{str(path)!r} {what}")

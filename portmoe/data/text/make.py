@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from portmoe.data.text.documents import Part, files, parts, read
+from portmoe.data.text.documents import files, read_sound
+from portmoe.data.text.parts import Part, parts
 from portmoe.data.text.tokenizer import Tokenizer, open_tokenizer
 from portmoe.errors import ConfigError
 from portmoe.files import json_text, write_whole
@@ -146,7 +147,7 @@ def write_part(part: Part, target: Path, tokenizer: Tokenizer) -> None:
 def _samples(part: Part, tokenizer: Tokenizer) -> Iterator[list[int]]:
     """Documents, or the parts of one that are at most ``LONGEST`` tokens long."""
     held: list[int] = []
-    for piece in read(part):
+    for piece in read_sound(part):
         held += tokenizer.encode(piece.text)
         if piece.ends and held and tokenizer.end is not None:
             held.append(tokenizer.end)

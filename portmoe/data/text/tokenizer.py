@@ -1,13 +1,16 @@
 """Text to tokens: by bytes, which needs nothing, or by a tokenizer of the hub's format."""
 
 import hashlib
-import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from portmoe.errors import BackendError, ConfigError
+from portmoe.files import json_object
 
 BYTES = "bytes"
+FILE, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+OTHERS = (SETTINGS, "tokenizer.model", "vocab.json", "vocab.txt")  # files of tokenizers without a FILE
 
 
 class Tokenizer(Protocol):
@@ -35,34 +38,42 @@ class Bytes:
 
 
 class FromFile:
-    """A ``tokenizer.json``; the ``eos_token`` in ``tokenizer_config.json`` beside it ends a document."""
+    """What a ``tokenizer.json`` says; the ``eos_token`` beside it ends a document.
 
-    def __init__(self, path: Path) -> None:
+    Attributes:
+        fast: the tokenizer itself, a ``tokenizers.Tokenizer``, which adds no token and knows of which
+            characters each token is.
+        special: the special tokens' texts by name, as "bos_token".
+    """
+
+    def __init__(self, content: str, special: Mapping[str, str], said: str) -> None:
         try:
             from tokenizers import Tokenizer as Fast
+            from tokenizers.processors import TemplateProcessing
         except ImportError as error:
             raise BackendError(
-                f"--tokenizer {str(path)!r} needs the package tokenizers ({error}); pip install tokenizers, "
-                f"or use --tokenizer {BYTES}"
+                f"{said} needs the package tokenizers ({error}); pip install tokenizers, or use {BYTES}"
             ) from error
         try:
-            content = path.read_bytes()
-            self._fast = Fast.from_str(content.decode("utf-8"))
+            self.fast = Fast.from_str(content)
         except Exception as error:  # the package raises Exception itself
-            raise ConfigError(
-                f"{str(path)!r} is no tokenizer.json that can be read: {error!s:.200}"
-            ) from error
-        name = _end_token(path.with_name("tokenizer_config.json"))
-        self.end = self._fast.token_to_id(name) if name else None
-        self.vocabulary = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
-        self.identity = f"{hashlib.sha256(content).hexdigest()[:32]} end {self.end}"
+            raise ConfigError(f"{said} is no {FILE} that can be read: {error!s:.200}") from error
+        # Others add tokens, or take spaces from the places of tokens.
+        self.fast.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+        self.fast.no_truncation()
+        self.fast.no_padding()
+        self.special = special
+        name = special.get("eos_token")
+        self.end = self.fast.token_to_id(name) if name else None
+        self.vocabulary = max(self.fast.get_vocab(with_added_tokens=True).values()) + 1
+        self.identity = f"{hashlib.sha256(content.encode('utf-8')).hexdigest()[:32]} end {self.end}"
 
     def encode(self, text: str) -> list[int]:
-        return self._fast.encode(text, add_special_tokens=False).ids
+        return self.fast.encode(text, add_special_tokens=False).ids
 
 
-def open_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called "bytes", or that of a folder or file.
+def open_tokenizer(name: str, key: str = "--tokenizer") -> Tokenizer:
+    """The tokenizer called "bytes", or that of a folder or file; ``key`` is where the name was given.
 
     Raises:
         ConfigError: there is none.
@@ -70,20 +81,48 @@ def open_tokenizer(name: str) -> Tokenizer:
     """
     if name == BYTES:
         return Bytes()
-    path = Path(name)
-    path = path / "tokenizer.json" if path.is_dir() else path
-    if not path.is_file():
+    said, path = f"{key} {name!r}", Path(name)
+    folder = path if path.is_dir() else path.parent
+    file = path / FILE if path.is_dir() else path
+    if file.is_file():
+        try:
+            content = file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{said} is no {FILE} that can be read: {error!s:.200}") from error
+    elif path.is_dir() and any((path / other).is_file() for other in OTHERS):
+        content = _converted(path, said)
+    else:
         raise ConfigError(
-            f"--tokenizer {name!r}: {str(path)!r} does not exist; give {BYTES}, a folder with a "
-            "tokenizer.json, or such a file"
+            f"{said}: {str(file)!r} does not exist; give {BYTES}, a folder with a {FILE}, or such a file"
         )
-    return FromFile(path)
+    return FromFile(content, special_tokens(folder), said)
 
 
-def _end_token(config: Path) -> str | None:
+def special_tokens(folder: Path) -> dict[str, str]:
+    """The texts of the special tokens that the files of a tokenizer name."""
+    found: dict[str, str] = {}
+    for settings in (json_object(folder / SPECIAL), json_object(folder / SETTINGS)):
+        for name, token in settings.items():
+            text = token.get("content") if isinstance(token, dict) else token
+            if name.endswith("_token") and isinstance(text, str):
+                found[name] = text
+    return found
+
+
+def _converted(folder: Path, said: str) -> str:
+    """The ``tokenizer.json`` of a folder with another format, made by transformers, without remote code."""
     try:
-        token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-    except (OSError, ValueError, AttributeError):
-        return None
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise BackendError(
+            f"{said} has no {FILE}, and without the package transformers ({error}) none is made of its other "
+            "files; pip install 'portmoe[finetune]'"
+        ) from error
+    try:
+        made: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        return made.backend_tokenizer.to_str()
+    except Exception as error:  # whatever a converter meets
+        raise ConfigError(
+            f"{said} has no {FILE}, and none can be made of its other files ({error!s:.200}); save one with "
+            "transformers' save_pretrained where the tokenizer loads, or give another folder"
+        ) from error

@@ -1,0 +1,134 @@
+"""The samples that a config's folders and files hold: tokenized before, or conversations and text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from portmoe.config import Config
+from portmoe.data.chat.messages import SIGNS, format_of
+from portmoe.data.sources.conversations import Conversations
+from portmoe.data.sources.sample import DATA_TYPES, Samples
+from portmoe.data.sources.tokenized import open_folder
+from portmoe.data.text import documents, records
+from portmoe.data.text.parts import parts, where
+from portmoe.data.tokenizing.cache import Told, tokenized
+from portmoe.data.tokenizing.recipe import TEXT, Given, Recipe
+from portmoe.errors import ConfigError
+
+Split = Literal["train", "valid"]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The samples of a split.
+
+    Attributes:
+        names: of the sources, which ``type_id`` of the samples counts.
+        said: what was left out, and what there is to know, in lines; empty: nothing.
+    """
+
+    samples: Sequence[Samples]
+    names: tuple[str, ...]
+    said: tuple[str, ...] = ()
+
+
+def folders(config: Config, split: Split) -> list[str]:
+    """What ``data.train_folder`` or ``data.valid_folder`` names."""
+    given = getattr(config.data, f"{split}_folder")
+    return given if isinstance(given, list) else [given] if given is not None else []
+
+
+def open_samples(config: Config, split: Split, told: Told = lambda *_: None) -> Opened:
+    """Open what ``data.train_folder`` or ``data.valid_folder`` names, tokenizing it where that was not done.
+
+    Raises:
+        ConfigError: something cannot be read or used, or is bad where ``data.on_bad_sample`` says error.
+        BackendError: a package is missing.
+    """
+    data, key, given = config.data, f"data.{split}_folder", folders(config, split)
+    if data.format == "auto" and len(given) == 1 and _is_tokenized(Path(given[0])):
+        return Opened(open_folder(given[0], key, data.min_length), DATA_TYPES)
+    tokenizer = data.tokenizer or config.model.from_pretrained
+    sources = [_files(name, key, data.format, tokenizer) for name in given]
+    if tokenizer is None:
+        raise ConfigError(
+            f"{key}={', '.join(given)} is text or conversations, which need a tokenizer: set data.tokenizer "
+            "to a folder with one (for text alone also to bytes), or model.from_pretrained to a model's; or "
+            f"make a data set of text by `portmoe data tokenize {given[0]} --tokenizer bytes -o FOLDER` and set "
+            f"{key} to it"
+        )
+    recipe = Recipe(tokenizer, data.chat_template, data.train_on)
+    samples = [
+        Conversations(tokenized(recipe, files, data.cache_folder, told), files, data.seq_len, number)
+        for number, files in enumerate(sources)
+    ]
+    said = tuple(line for one in samples for line in _said(key, one))
+    bad = any(one.bad or "truncated" in one.notes for one in samples)
+    if bad and data.on_bad_sample == "error":
+        raise ConfigError("\n".join((*said, "data.on_bad_sample=error: mend them, or set it to skip")))
+    if not any(map(len, samples)):
+        raise ConfigError("\n".join((*said, f"{key}={given}: no sample is left to learn from")))
+    return Opened(samples, _names(given), said)
+
+
+def _said(key: str, samples: Conversations) -> list[str]:
+    lines = []
+    if samples.bad:
+        count = sum(entry["count"] for entry in samples.bad.values())
+        lines.append(f"{key}: {count:,} of {samples.records:,} records are left out:")
+        lines += [f"  {line}" for line in samples.said(samples.bad)]
+    if samples.notes:
+        lines.append(f"{key}: kept as they are:")
+        lines += [f"  {line}" for line in samples.said(samples.notes)]
+    return lines
+
+
+def _is_tokenized(folder: Path) -> bool:
+    """Whether it is a folder with a ``.bin`` file, or with no known one, which is said as of those."""
+    if not folder.is_dir():
+        return not folder.exists()
+    endings = {path.suffix.lower() for path in folder.rglob("*")}
+    return ".bin" in endings or not endings & set(documents.READERS)
+
+
+def _files(name: str, key: str, form: str, tokenizer: str | None) -> list[Given]:
+    """The files that one entry names, each with its format."""
+    path = Path(name)
+    if not path.exists():
+        raise ConfigError(f"{key}={name!r} does not exist; name a file or a folder of data")
+    found = documents.files([path])
+    return [Given(file, _form(file, form)) for file in found]
+
+
+def _form(file: Path, form: str) -> str:
+    """The format of a file: what is asked for, or what its first sound record looks like."""
+    plain = file.suffix.lower() not in records.READERS
+    if plain and form not in ("auto", TEXT):
+        raise ConfigError(
+            f"data.format={form!r}: {file} is plain text; give files that end in {', '.join(records.READERS)}"
+        )
+    if form != "auto" or plain:
+        return TEXT if plain else form
+    for part in parts(file):
+        for record in records.records(part):
+            if record.value is None:
+                continue
+            if (found := format_of(record.value)) is not None:
+                return found
+            fields = ", ".join(map(repr, record.value)) or "none"
+            raise ConfigError(
+                f"{where(file, record.place)}: the format is not known by the fields {fields}; known are "
+                f"{', '.join(f'{field!r} ({name})' for field, name in SIGNS.items())}; set data.format"
+            )
+    return TEXT
+
+
+def _names(given: Sequence[str]) -> tuple[str, ...]:
+    """A name a source: the last part of what names it, numbered where several are alike."""
+    names: list[str] = []
+    for name in given:
+        stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in Path(name).resolve().stem)
+        alike = sum(1 for other in names if other.partition("#")[0] == stem)
+        names.append(f"{stem}#{alike + 1}" if alike else stem)
+    return tuple(names)
