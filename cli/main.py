@@ -4,6 +4,7 @@ Help and usage errors never import torch; a subcommand's module is imported when
 """
 
 import io
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -95,5 +96,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def main() -> None:
-    """The installed ``portmoe`` script."""
-    sys.exit(run())
+    """The installed ``portmoe`` script.
+
+    What has ended has its exit code: a Ctrl-C while the interpreter clears up changes nothing.
+    """
+    try:
+        sys.exit(run())
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
