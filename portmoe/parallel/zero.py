@@ -10,6 +10,7 @@ whole for the whole model.
 The three cases of ``parallel.zero1.size`` are three shapes of the same mesh; see ``parallel.mesh``.
 """
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -36,6 +37,8 @@ def shard(model: Decoder, meshes: Meshes, dtype: torch.dtype) -> None:
     """
     if meshes.data.size() == 1:
         return
+    # Said by every rank of what is changed in place, and nothing here changes what the model returns.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     compute = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(
         param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False

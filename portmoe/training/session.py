@@ -1,7 +1,6 @@
 """What one rank of a run holds, opened from the device upwards and closed the other way round."""
 
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -98,8 +97,6 @@ def open_session(
         PortmoeError: the config asks for what these ranks, the device, the data, the run directory or a
             checkpoint cannot give.
     """
-    # Said by every rank of what is changed in place, and nothing here changes what the model returns.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     ranks = detect(launcher)
     layout = Layout.plan(config, ranks.world_size)
     data = check_data(config, layout.data, layout.micro_num)
