@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 WIDTH, HEIGHT = 360, 210
-LEFT, RIGHT, TOP, BOTTOM = 52, 8, 8, 22
+LEFT, RIGHT, TOP, BOTTOM = 60, 8, 8, 22
 STYLES = 3  # of lines, as page.css has them
 COLUMNS = 160  # of points: of more steps each column keeps its lowest and its highest value
 
@@ -94,6 +94,9 @@ def _figure(value: float) -> str:
     """Three digits in as few characters as a tick has room for: 12.6k, 1e-5."""
     if 1e3 <= abs(value) < 1e6:
         return f"{value / 1e3:.3g}k"
+    if 0 < abs(value) < 1e-3:
+        mantissa, power = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(power)}"
     return re.sub(r"e([+-])0", r"e\1", f"{value:.3g}").replace("e+", "e")
 
 

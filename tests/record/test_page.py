@@ -139,6 +139,7 @@ def test_a_report_says_who_made_it(monkeypatch):
 def test_ticks_are_short_enough_for_their_place():
     drawn = Read(svg.lines("speed", [("a", [8792.0, 12634.5]), ("b", [12000.0, 9000.0])]))
     assert {"8.79k", "12.6k"} <= set(drawn.text)
-    for values in ([-1.234e-5, 4.2e-5], [1.5e12, 2.5e12], [1e-30, 3.2e-30]):
+    assert "3.05e-4" in Read(svg.lines("load", [("a", [3.052e-4, 0.438])])).text
+    for values in ([-1.234e-5, 4.2e-5], [1.5e12, 2.5e12], [1e-30, 3.2e-30], [-3.05e-4, 0.4]):
         ticks = Read(svg.lines("x", [("a", values)])).text
         assert max(len(text) for text in ticks if text not in ("x", "a")) <= 8
