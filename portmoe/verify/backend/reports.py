@@ -1,6 +1,7 @@
 """A report as terminal table, JSON, JUnit XML and HTML."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
@@ -14,7 +15,7 @@ from portmoe.verify.backend.report import LEFT_OUT, PARTS, Report
 
 COLUMNS = ("check", "needed", "allowed", "where")
 MOST_DETAIL = 400  # characters of a detail in the table
-_WORDS = {"pass": "passed", "fail": "failed", "skip": "not supported"}
+_WORDS = {"pass": "passed", "fail": "failed", "skip": "not supported", "left": "left out"}
 
 
 def write(report: Report, directory: Path) -> list[Path]:
@@ -79,16 +80,17 @@ def summary(report: Report) -> str:
     compiling = sum(check.compiling for check in report.checks)
     compiled = f"; {compiling:.0f} s were spent compiling kernels" if compiling >= 1 else ""
     cut = f"; interrupted in {report.interrupted}" if report.interrupted else ""
-    left = sum(check.status == "skip" and check.name == LEFT_OUT for check in report.checks)
-    left_out = f", {left} groups left out" if left else ""
+    left_out = f", {count['left']} group{'s' if count['left'] != 1 else ''} left out" if count["left"] else ""
     return (
         f"{report.backend} ({report.device}): {count['pass']} checks passed, {count['fail']} failed, "
-        f"{count['skip'] - left} not supported{left_out}{compiled}{cut}"
+        f"{count['skip']} not supported{left_out}{compiled}{cut}"
     )
 
 
 def _counts(checks: Sequence[Result]) -> dict[str, int]:
-    return {status: sum(check.status == status for check in checks) for status in _WORDS}
+    """By status; "left": groups that were not made."""
+    counts = Counter("left" if check.name == LEFT_OUT else check.status for check in checks)
+    return {status: counts[status] for status in _WORDS}
 
 
 def _left_out(report: Report) -> list[str]:
@@ -157,7 +159,8 @@ def html(report: Report) -> str:
     stated = [("backend", report.backend), ("device", report.device), ("checks passed", passed)]
     stated += [("not supported, not checked", str(count["skip"])), *report.versions.items()]
     failures = [page.table(COLUMNS, [_html_row(c, to=True) for c in report.failed])]
-    summary = [page.facts(stated), *(failures if report.failed else []), *map(page.paragraph, warned(report))]
+    told = map(page.paragraph, (*_left_out(report), *warned(report)))
+    summary = [page.facts(stated), *(failures if report.failed else []), *told]
     shares = _shares(report)
     used = [bars("share of the allowed tolerance, values", shares)] if shares else []
     sections = [

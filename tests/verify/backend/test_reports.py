@@ -9,7 +9,7 @@ import pytest
 from portmoe.errors import ConfigError
 from portmoe.result import Result
 from portmoe.verify.backend import reports
-from portmoe.verify.backend.report import Curve, Report
+from portmoe.verify.backend.report import LEFT_OUT, Curve, Report
 
 
 @pytest.fixture
@@ -64,6 +64,17 @@ def test_the_table_shows_the_worst_of_a_line_and_every_failure(report):
     assert any(line.startswith("[SKIP] swiglu.fast bfloat16") for line in lines)
     assert "[PASS] gloo, 2 ranks: values" in lines
     assert lines[-1] == "fake (Fake Device): 2 checks passed, 2 failed, 1 not supported"
+
+
+def test_groups_that_were_not_made_are_left_out_and_not_unsupported(report):
+    report.checks.append(
+        Result("skip", LEFT_OUT, "not with --quick", part="collectives", subject="collectives")
+    )
+    assert reports.summary(report).endswith("1 not supported, 1 group left out")
+    page = reports.html(report)
+    assert "<dt>not supported, not checked</dt><dd>1</dd>" in page
+    assert "<p>left out (not with --quick): collectives</p>" in page
+    assert '<span class="count">1 passed, 1 left out</span>' in page
 
 
 def test_files(report, tmp_path):
