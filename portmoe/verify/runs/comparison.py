@@ -112,6 +112,11 @@ class Comparison:
         return set(self.accepted) == {True, False} and False not in self.accepted_twins
 
     @property
+    def identical(self) -> bool:
+        """Whether no figure differs in any step, so that there is no rounding to judge."""
+        return all(apart == 0 for j in self.quantities for apart in j.distance.relative)
+
+    @property
     def judged_later(self) -> bool:
         """Whether steps beyond those judged one by one were judged too."""
         return any(j.later for j in self.quantities)

@@ -10,18 +10,17 @@ from portmoe.record.origin import of_report
 from portmoe.record.run_directory import CONFIG
 from portmoe.verify.runs.comparison import Comparison, Judged
 from portmoe.verify.runs.distribution import Figure
+from portmoe.verify.runs.recorded import Run
 
 COLUMNS = ("quantity", "largest deviation", "allowed", "leaves the band at step", "later steps")
-HOW_TO_TWIN = (
-    "The command that trained the first run, with --twin 1 and again with --twin 2, makes twins beside it; "
-    "compare finds them there and judges the rest by them"
-)
 
 
 def verdict(found: Comparison) -> str:
     """One line: same mathematics or not, from where, and as far as what was judged."""
     if found.passed:
         unjudged = len(found.steps) - found.until
+        if found.identical:
+            return f"the runs agree: their figures are the same in all {len(found.steps)} steps"
         if found.judged_later or not unjudged:
             return "the runs agree"
         return f"the runs agree in the steps that could be judged, {found.until} of {len(found.steps)}"
@@ -49,6 +48,8 @@ def _later_failures(found: Comparison) -> list[str]:
 def judged_how(found: Comparison) -> list[tuple[str, str]]:
     """Which part was judged how, by what, and what could not be seen; names and texts."""
     steps, until, twins = found.steps, found.until, found.twins
+    if found.identical and twins is None:
+        return [("twins", "none, and none needed"), ("judged", f"steps {steps[0]} … {steps[-1]}: all equal")]
     one_by_one = f"steps {steps[0]} … {steps[until - 1]} one by one" if until else "no step one by one"
     if twins is None:
         rest = f"; steps {steps[until]} … {steps[-1]} are not judged" if until < len(steps) else ""
@@ -57,7 +58,7 @@ def judged_how(found: Comparison) -> list[tuple[str, str]]:
             ("judged", one_by_one + rest),
         ]
         if rest:
-            ways.append(("unseen", f"everything from step {steps[until]} on. {HOW_TO_TWIN}"))
+            ways.append(("unseen", f"everything from step {steps[until]} on. {_how_to_twin(found.first)}"))
         return ways
     growth = (
         "rounding shows nowhere in the loss"
@@ -96,6 +97,14 @@ def judged_how(found: Comparison) -> list[tuple[str, str]]:
     return ways
 
 
+def _how_to_twin(run: Run) -> str:
+    trained = f"`{run.command}`" if run.command else "The command that trained the first run"
+    return (
+        f"{trained} with --twin 1, and again with --twin 2, makes twins beside it; compare finds them there "
+        "and judges the rest by them"
+    )
+
+
 def text(found: Comparison) -> str:
     """Figures, thresholds, and the verdict last."""
     loss = found.loss
@@ -120,6 +129,9 @@ def text(found: Comparison) -> str:
 
 def what_next(found: Comparison) -> str:
     """The command that follows, by what was found."""
+    if found.passed and found.twins is None and found.until < len(found.steps) and not found.identical:
+        trained = found.first.command or "the command that trained the first run,"
+        return f"next: {trained} --twin 1, again with --twin 2, then this comparison"
     if found.passed:
         return f"next: portmoe report {found.second.path}"
     backend = "" if found.second.backend == "unknown" else f" --backend {found.second.backend}"

@@ -25,6 +25,7 @@ class Run:
     ranks: int
     steps: list[dict[str, Any]]
     data: Mapping[str, Any] | None = None  # what it was trained on; older runs do not say
+    command: str | None = None  # that trained it, as a person typed it
 
     @property
     def name(self) -> str:
@@ -67,6 +68,7 @@ def read_run(path: Path) -> Run:
         environment.get("ranks", 1),
         steps,
         environment.get("data"),
+        environment.get("command"),
     )
 
 

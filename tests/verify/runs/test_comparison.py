@@ -274,6 +274,10 @@ def test_the_command(run_of, tmp_path, capsys):
     b = run_of("b", [record(s) | {"loss": 3.0} for s in range(STEPS)], backend="other")
     page = tmp_path / "page.html"
     assert portmoe(["compare", str(a), str(a)]) == 0
+    same = capsys.readouterr().out
+    assert (
+        f"the runs agree: their figures are the same in all {STEPS} steps\nnext: portmoe report {a}" in same
+    )
     with pytest.raises(SystemExit) as ended:
         portmoe(["compare", str(a), str(b), "--out", str(page)])
     assert ended.value.code == 4

@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from test_comparison import judged, record, run_of  # noqa: F401
@@ -154,7 +155,7 @@ def test_without_twins_only_the_first_steps_are_judged_and_that_is_said(run_of):
     late[8]["loss"] *= 1.5
     early[2]["loss"] *= 1.5
     a, b, c = (
-        read_run(run_of(name, steps, lr=SHIPPED))
+        replace(read_run(run_of(name, steps, lr=SHIPPED)), command=f"portmoe train --name {name}")
         for name, steps in (("a", right(0)), ("b", late), ("c", early))
     )
     found = compare(a, b)
@@ -162,7 +163,12 @@ def test_without_twins_only_the_first_steps_are_judged_and_that_is_said(run_of):
     assert found.until == 4  # 4e-4 + 8e-4 + 1.2e-3 before step 3
     said = comparison_report.text(found)
     assert "the runs agree in the steps that could be judged, 4 of 80" in said
-    assert "--twin 1" in said
+    assert "`portmoe train --name a` with --twin 1" in said
+    trained = "next: portmoe train --name a --twin 1, again with --twin 2, then this comparison"
+    assert comparison_report.what_next(found) == trained
+    same = comparison_report.text(compare(a, replace(a, path=b.path)))
+    assert "the runs agree: their figures are the same in all 80 steps" in same
+    assert "unseen" not in same
     assert compare(a, c).left_at == 2
 
 
