@@ -109,7 +109,7 @@ def write(found: Acceptance, folder: Path) -> list[Path]:
 
 def _part(part: str, results: Sequence[Result]) -> page.Section:
     failed = sum(result.status == "fail" for result in results)
-    count = f"{len(results)} rules, {failed} failed"
+    count = f"{len(results)} rule{'s' if len(results) != 1 else ''}, {failed} failed"
     heading = {"record": "What was recorded", "config": "Keys that differ"}.get(part, part.capitalize())
     return page.Section(
         heading, [page.table(COLUMNS, _rows(results))] if results else [], folded=True, count=count

@@ -15,6 +15,7 @@ LIMIT = (
     "whoever rewrites lines, checkpoints and chain alike is found only by computing steps again: "
     "--replay cpu, or another backend"
 )
+STATES = {"pass": "passed", "warn": "to look at", "fail": "failed", "skip": "not made"}
 TAGS = {"pass": "PASS", "warn": "WARN", "fail": "FAIL", "skip": "SKIP"}
 
 
@@ -62,19 +63,24 @@ def html(found: Verification) -> str:
         page.facts(
             [
                 ("run", str(found.path)),
-                ("checks", ", ".join(f"{number} {status}" for status, number in counts.items() if number)),
+                (
+                    "checks",
+                    ", ".join(f"{number} {STATES[status]}" for status, number in counts.items() if number),
+                ),
                 ("replay", replay_report.verdict(found.replay) if found.replay else f"none: {LIMIT}"),
             ]
         ),
         *([page.table(columns, [_row(result) for result in found.failed])] if found.failed else []),
     ]
     sections = [
-        page.Section(part, [page.table(columns, [_row(result) for result in results])], folded=True)
+        page.Section(
+            part.capitalize(), [page.table(columns, [_row(result) for result in results])], folded=True
+        )
         for part in PARTS
         if (results := [result for result in found.results if result.part == part])
     ]
     status = "pass" if found.passed else "fail"
-    return page.page("portmoe verify", status, verdict(found), summary, sections, of_report())
+    return page.page("portmoe verify", status, page.sentence(verdict(found)), summary, sections, of_report())
 
 
 def _sentence(result: Result) -> str:

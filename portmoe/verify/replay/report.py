@@ -37,8 +37,7 @@ def text(found: Replay) -> str:
     """Every step, what differs in it, and the verdict last."""
     lines = [
         f"run     {found.recorded.run.name}, {found.recorded.run.config.model.dtype}",
-        f"replay  {found.made.backend}, {found.made.ranks} rank{'s' if found.made.ranks != 1 else ''}, "
-        f"{found.made.config.model.dtype}",
+        f"replay  {_made(found)}",
         "",
     ]
     for step, results in _by_step(found).items():
@@ -73,13 +72,13 @@ def html(found: Replay) -> str:
     """Return the page: what differs, and every quantity of every step beside its band."""
     steps = _by_step(found)
     columns = ("step", "quantity", "deviation", "allowed", "detail")
-    run, made = found.recorded.run, found.made
+    run = found.recorded.run
     failed = [result for result in found.results if result.status == "fail"]
     summary = [
         page.facts(
             [
                 ("recorded", f"{run.name}, {run.config.model.dtype}"),
-                ("made again", f"{made.backend}, {made.ranks} ranks, {made.config.model.dtype}"),
+                ("made again", _made(found)),
                 ("checkpoints", ", ".join(map(str, found.recorded.starts))),
                 ("quantities that agree", f"{_passed(found.results)} of {len(found.results)}"),
             ]
@@ -87,11 +86,22 @@ def html(found: Replay) -> str:
         *([page.table(columns, [_row(result) for result in failed])] if failed else []),
     ]
     sections = [
-        page.Section(step, [page.table(columns, [_row(result) for result in results])], folded=True)
+        page.Section(
+            step.capitalize(),
+            [page.table(columns, [_row(result) for result in results])],
+            folded=True,
+            count=_closest(results),
+        )
         for step, results in steps.items()
     ]
     status = "pass" if found.passed else "fail"
     return page.page("portmoe replay", status, page.sentence(verdict(found)), summary, sections, of_report())
+
+
+def _made(found: Replay) -> str:
+    """What made the steps again."""
+    ranks = f"{found.made.ranks} rank{'s' if found.made.ranks != 1 else ''}"
+    return f"{found.made.backend}, {ranks}, {found.made.config.model.dtype}"
 
 
 def _by_step(found: Replay) -> dict[str, list[Result]]:
