@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from portmoe.cli.options import run_argument
+from portmoe.config.names import BENCHMARK
 from portmoe.errors import TrainingError
 
 
@@ -13,7 +14,7 @@ from portmoe.errors import TrainingError
 @run_argument()
 @click.option(
     "--against",
-    default="7b_moe4",
+    default=BENCHMARK,
     show_default=True,
     metavar="BENCHMARK",
     help="The config the rules are about: a YAML file, or the name of a packaged one.",

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from portmoe.config import Config
+from portmoe.config.names import BENCHMARK
+from portmoe.config.read import load_config
 
 FIRST_STEP = 50  # counted from 0
 LIMIT = 0.325
@@ -31,6 +33,11 @@ def judge(losses: Sequence[float | None]) -> Verdict:
 def applies(config: Config) -> bool:
     """Whether the run is one that the benchmark judges."""
     return config.data.train_folder is None
+
+
+def of_the_benchmark(config: Config) -> bool:
+    """Whether the model is the benchmark's own, whose runs are filed."""
+    return config.architecture == load_config(BENCHMARK).architecture
 
 
 def out_of_reach(config: Config) -> str | None:

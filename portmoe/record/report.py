@@ -99,6 +99,7 @@ def end_summary(
     reason: str = "finished",
     ranks: int = 1,
     again: str | None = None,
+    follows: Sequence[str] = (),
 ) -> Summary:
     """What a run came to, read from its ``metrics.jsonl``, the steps before a resumption included.
 
@@ -109,6 +110,7 @@ def end_summary(
         reason: why training ended.
         ranks: over which the tokens were spread.
         again: the command that goes on with the run, where one does.
+        follows: what a finished run of this kind is for, as commands.
     """
     losses: dict[int, float | None] = {}
     last = None
@@ -129,9 +131,8 @@ def end_summary(
     width = max(map(len, rows))
     lines = [f"{reason} after step {last['step']} in {duration(seconds)}"]
     lines += [f"{name:<{width}} {text}" for name, text in rows.items() if text]
-    lines += [
-        f"{'next' if not row else '':<{width}} {step}" for row, step in enumerate(_next(directory, again))
-    ]
+    steps = _next(directory, again, follows)
+    lines += [f"{'next' if not row else '':<{width}} {step}" for row, step in enumerate(steps)]
     return Summary("\n".join(lines), verdict)
 
 
@@ -171,16 +172,13 @@ def _drops(last: Mapping[str, float | None]) -> str:
     return "; ".join(told)
 
 
-def _next(directory: Path, again: str | None) -> list[str]:
+def _next(directory: Path, again: str | None, follows: Sequence[str]) -> list[str]:
     """Commands that make sense now, with the real paths."""
     path = shlex.quote(str(directory))
-    return [
-        *([again] if again else []),
-        f"tensorboard --logdir {path}/{EVENTS}",
-        f"portmoe compare {path} OTHER_RUN --out compare.html",
-        f"portmoe report {path}",
-        "portmoe runs",
-    ]
+    curves = f"tensorboard --logdir {path}/{EVENTS}"
+    if again:
+        return [again, curves, "portmoe runs"]
+    return [curves, f"portmoe compare {path} OTHER_RUN --out compare.html", *follows, "portmoe runs"]
 
 
 def _short(count: int) -> str:

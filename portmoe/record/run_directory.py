@@ -34,7 +34,7 @@ ENVIRONMENT, OPERATIONS = "environment.json", "ops.json"
 Data = Mapping[str, Mapping[str, Any]]  # split → what its data is, see ``data.fingerprint``
 
 
-AGAIN = "the same command again goes on with it"
+AGAIN = "if stopped, the same command goes on with it"
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """One run on one rank, from a config to a finished run directory."""
 
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from portmoe.parallel.workload import share_of
 from portmoe.profiling.profile import FOLDER, StepProfile
 from portmoe.profiling.spans import mark_modules
 from portmoe.record import provenance
-from portmoe.record.acceptance import applies, out_of_reach
+from portmoe.record.acceptance import applies, of_the_benchmark, out_of_reach
 from portmoe.record.origin import command
 from portmoe.record.report import RunFacts, end_summary, start_block, start_lines
 from portmoe.record.results import read_metrics
@@ -120,9 +121,18 @@ def _trained(session: Session, profile: bool) -> tuple[Ending, bool | None]:
         reason,
         machine.layout.world,
         again=typed if goes_on else None,
+        follows=_follows(config, session.run.path) if state == "finished" else (),
     )
     session.writers.conclude(summary.text)
     return ending, summary.verdict and summary.verdict.accepted
+
+
+def _follows(config: Config, run: Path) -> tuple[str, ...]:
+    """What a finished run is for: figures to file, or weights to take elsewhere."""
+    path = shlex.quote(str(run))
+    if config.model.from_pretrained and config.ckpt.enable_save_ckpt:
+        return (f"portmoe export {path} --out FOLDER",)
+    return (f"portmoe report {path}",) if of_the_benchmark(config) else ()
 
 
 def _aborted(session: Session) -> str:
@@ -164,7 +174,7 @@ def _facts(session: Session, ranks: str) -> RunFacts:
     config, machine = session.config, session.machine
     parameters, model = count_parameters(config), config.architecture
     networks = sorted({f"{layer.count} experts top {layer.gate.top_k}" for layer in model.expert_layers})
-    done, plural = session.progress.step, "s" * (len(model.layers) > 1)
+    plural = "s" * (len(model.layers) > 1)
     return RunFacts(
         config=session.config_name,
         model=f"{len(model.layers)} layer{plural} of {model.hidden}, {' or '.join(networks) or 'dense'}",
@@ -181,11 +191,21 @@ def _facts(session: Session, ranks: str) -> RunFacts:
         first_step=session.progress.step,
         total_steps=config.data.total_steps,
         directory=session.run.path,
-        origin=f"continued at step {done}" if done and session.run.resuming else session.run.origin,
+        origin=_origin(session),
         operations={choice.key: choice.chosen for choice in session.ops.choices if choice.chosen},
         variables=provenance.variables(machine.accelerator),
         notes=(*session.notes, *filter(None, [out_of_reach(config)])),
     )
+
+
+def _origin(session: Session) -> str:
+    """Why the run lives where it does, and where it begins."""
+    done = session.progress.step
+    if not (done and session.run.resuming):
+        return session.run.origin
+    if done >= session.config.data.total_steps:
+        return f"finished: nothing is left to do (data.total_steps is {session.config.data.total_steps})"
+    return f"continued at step {done}"
 
 
 def _told(ending: Ending, config: Config) -> tuple[str, str]:

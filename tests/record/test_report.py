@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from portmoe.config import Config
-from portmoe.record.acceptance import out_of_reach
+from portmoe.config.read import load_config
+from portmoe.record.acceptance import of_the_benchmark, out_of_reach
 from portmoe.record.report import RunFacts, end_summary, sparkline, start_block, start_lines
 from portmoe.record.writers import Writers
 
@@ -79,6 +80,11 @@ def test_a_run_too_short_to_be_accepted_says_so_beforehand(steps, reach):
     assert out_of_reach(Config.model_validate(other_data)) is None
 
 
+def test_the_benchmarks_model_in_another_layout_is_filed_and_a_tiny_one_is_not():
+    assert of_the_benchmark(load_config("7b_moe4", ["parallel.tensor.size=2", "data.total_steps=60"]))
+    assert not of_the_benchmark(load_config("tiny_moe4"))
+
+
 def test_a_sparkline_falls_with_the_loss():
     assert sparkline([8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]) == "█▇▆▅▄▃▂▁"
     assert sparkline([1.0, 1.0]) == "▁▁"
@@ -103,9 +109,11 @@ class TestEndSummary:
         assert "loss       2.0000 → 1.0000  █▁\n" in text
         assert "speed      180.0 tok/s over all time (90.0 each of 2 ranks), 200.0 in the last steps" in text
         assert "12.50% of the assignments to experts in the last step; 3 steps were skipped" in text
-        assert "next       portmoe train --name x\n           tensorboard" in (
-            end_summary(run, 1.0, True, "stopped by SIGINT", again="portmoe train --name x").text
-        )
+        stopped = end_summary(run, 1.0, True, "stopped by SIGINT", again="portmoe train --name x").text
+        assert "next       portmoe train --name x\n           tensorboard" in stopped
+        assert "compare" not in stopped
+        finished = end_summary(run, 1.0, True, follows=["portmoe export it"]).text
+        assert finished.endswith("compare.html\n           portmoe export it\n           portmoe runs")
         commands = [line for line in text.splitlines() if "tensorboard --logdir" in line]
         assert shlex.split(commands[0])[1:] == ["tensorboard", "--logdir", f"{run}/tensorboard"]
 

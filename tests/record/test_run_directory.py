@@ -270,7 +270,7 @@ def test_a_run_says_why_it_is_where_it_is():
     first.close()
     saving = {"ckpt": {"enable_save_ckpt": True}}
     second = open_run(config(**saving))
-    assert second.origin == "new: the same command again goes on with it; runs/tiny is finished"
+    assert second.origin == "new: if stopped, the same command goes on with it; runs/tiny is finished"
     make_step(second)
     make_checkpoint(second.checkpoints, 1)
     second.close()

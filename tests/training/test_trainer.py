@@ -99,6 +99,7 @@ def test_a_finished_run_is_not_trained_again(finished):
     settings = {"data__total_steps": 6, "data__valid_every": 3, "data__valid_micro_num": 2}
     run(finished, **settings, ckpt__enable_save_ckpt=True, ckpt__checkpoint_every=2)
     assert (finished / "metrics.jsonl").read_bytes() == before
+    assert "finished: nothing is left to do (data.total_steps is 6)" in (finished / "train.log").read_text()
 
 
 def test_more_steps_continue_a_finished_run(finished):
