@@ -155,6 +155,11 @@ def _of_the_rest(config: "Tree") -> Iterator[Rule]:
         ("data.chat_template", "data.train_on"),
     )
     yield (
+        data.packing == "benchmark",
+        "with data.packing='benchmark' attention always stays within a sample",
+        ("data.use_varlen_attn",),
+    )
+    yield (
         not ckpt.saves,
         "ckpt.enable_save_ckpt is false: nothing is saved",
         ("ckpt.checkpoint_every", "ckpt.keep", "ckpt.async_upload", "ckpt.save_optimizer"),

@@ -11,11 +11,24 @@ _HOME = {
     "DATA_TYPES": "sources.sample",
     "DataStream": "loader",
     "DummyDataset": "sources.dummy",
+    "PackSummary": "length",
     "check_data": "packs",
     "open_data": "loader",
+    "summary": "length",
+    "with_total_steps": "length",
 }
 
-__all__ = ["DATA_TYPES", "Batch", "DataStream", "DummyDataset", "check_data", "open_data"]
+__all__ = [
+    "DATA_TYPES",
+    "Batch",
+    "DataStream",
+    "DummyDataset",
+    "PackSummary",
+    "check_data",
+    "open_data",
+    "summary",
+    "with_total_steps",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from portmoe.data.packing import Pack
+from portmoe.data.pack import Pack
 from portmoe.ops.attention import Segments
 from portmoe.ops.cross_entropy import IGNORED
 
@@ -35,24 +35,30 @@ class Batch:
             crc32 = zlib.crc32(np.ascontiguousarray(array), crc32)
         return cls(
             *map(torch.from_numpy, arrays),
-            segments=Segments(offsets=pack.offsets),
+            segments=Segments(offsets=pack.offsets, padded=pack.padded),
             index=index,
             crc32=crc32,
         )
 
     def unlabelled(self) -> "Batch":
-        """Return the batch without a label: it counts in no loss and no metric."""
-        return replace(self, labels_T=torch.full_like(self.labels_T, IGNORED))
+        """Return the batch without a label, all padding: it counts in no loss and no metric."""
+        segments = Segments(self.segments.offsets, padded=len(self.segments.lengths))
+        return replace(self, labels_T=torch.full_like(self.labels_T, IGNORED), segments=segments)
 
     @property
     def num_segments(self) -> int:
         """What the benchmark's log line counts as samples."""
-        return len(self.segments.lengths)
+        return len(self.segments.real_lengths)
 
     @property
     def longest_segment(self) -> int:
-        """Tokens in the longest segment."""
-        return max(self.segments.lengths)
+        """Tokens in the longest segment; 0 where all is padding."""
+        return max(self.segments.real_lengths, default=0)
+
+    @property
+    def padding(self) -> int:
+        """Tokens that are of no sample."""
+        return self.segments.total - self.segments.real
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Return the batch with its tensors on ``device``."""

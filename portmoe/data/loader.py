@@ -1,13 +1,12 @@
 """The micro-batches of one data-parallel rank, step by step, prepared one step ahead."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from portmoe.config import Config
 from portmoe.data.batch import Batch
 from portmoe.data.packs import Split, check_vocabulary, open_packs, split_micro_num
-from portmoe.data.sampler import PackSampler
 
 
 class DataStream:
@@ -15,22 +14,23 @@ class DataStream:
 
     Training asks for ``batches``, validation for ``passes``.
 
-    ``steps_per_epoch``: steps until every pack was taken once, those that fill no whole step left out.
+    ``steps_per_epoch``: steps until every pack was taken once, see the samplers.
+    ``packs``: what it takes from; its own thread reads them.
     ``equal_segments``: every segment has exactly data.seq_len tokens.
     """
 
     def __init__(self, config: Config, rank: int, size: int, micro_num: int, split: Split) -> None:
         self._config = config
         micro_num = split_micro_num(config, micro_num, split)
-        self._packs = open_packs(config, size, micro_num, split)
+        self.packs = open_packs(config, size, micro_num, split)
         self._share = range(rank, micro_num * size, size)  # of the packs that all ranks take at a time
         self._together = micro_num * size
         if split == "train":
-            self._sampler = PackSampler(len(self._packs), micro_num, rank, size, config.run.seed)
+            self._sampler = self.packs.sampler(micro_num, rank, size, config.data.num_epochs)
             self.steps_per_epoch = self._sampler.steps_per_epoch
         self._where = getattr(config.data, f"{split}_folder") or "the dummy data"
-        self.num_packs = len(self._packs)
-        self.equal_segments = self._packs.equal_segments
+        self.num_packs = len(self.packs)
+        self.equal_segments = self.packs.equal_segments
         # One thread does all the reading, so that nothing below needs a lock.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"portmoe-{split}-data")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
@@ -58,9 +58,9 @@ class DataStream:
         for first in range(0, self.num_packs, self._together):
             wanted = [first + place for place in self._share]
             yield [
-                self._batch(number, number)
+                self._batch(self.packs.in_order(number), number)
                 if number in packs
-                else self._batch(packs[-1], number).unlabelled()
+                else self._batch(self.packs.in_order(packs[-1]), number).unlabelled()
                 for number in wanted
             ]
 
@@ -83,8 +83,8 @@ class DataStream:
     def _prepare(self, step: int) -> list[Batch]:
         return list(map(self._batch, self._sampler.step(step), self._sampler.indices(step)))
 
-    def _batch(self, pack_id: int, index: int) -> Batch:
-        pack = self._packs.pack(pack_id)
+    def _batch(self, packed: int | Sequence[int], index: int) -> Batch:
+        pack = self.packs.pack(packed)
         # The least int64 has no absolute value and stays negative.
         largest = max(int(pack.tokens_T.max()), -int(pack.tokens_T.min()))
         check_vocabulary(self._config, largest, self._where)

@@ -1,28 +1,14 @@
-"""Samples laid end to end and cut into packs of equal size, one pack per micro-batch."""
+"""The benchmark's packing: samples laid end to end and cut into packs of equal size, one per micro-batch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from portmoe.data.pack import Pack
+from portmoe.data.sampler import PackSampler
 from portmoe.data.sources.sample import Samples
 
 ORDER_SEED = 1024  # fixed by the benchmark, whatever run.seed is
-
-
-@dataclass(frozen=True)
-class Pack:
-    """The arrays of one micro-batch; segment i is offsets[i] … offsets[i+1]. int64 but ``labelled_T``, bool.
-
-    ``labels_T`` is meant only where ``labelled_T`` is true.
-    """
-
-    tokens_T: np.ndarray
-    labels_T: np.ndarray
-    labelled_T: np.ndarray
-    positions_T: np.ndarray
-    types_T: np.ndarray
-    offsets: tuple[int, ...]
 
 
 class Packing:
@@ -48,6 +34,17 @@ class Packing:
 
     def __len__(self) -> int:
         return self.num_tokens // self._pack_len
+
+    @property
+    def left_out(self) -> int:
+        """Tokens that fill no pack."""
+        return self.num_tokens % self._pack_len
+
+    @property
+    def divided(self) -> int:
+        """Samples that do not lie in one pack."""
+        first, last = np.insert(self.ends[:-1], 0, 0), self.ends - 1
+        return int((first // self._pack_len != last // self._pack_len).sum())
 
     @property
     def equal_segments(self) -> bool:
@@ -87,16 +84,40 @@ class Packing:
 
 
 class PackSequence:
-    """The packs of several data sets, one data set after the other; no pack holds two of them."""
+    """The packs of several data sets, one data set after the other; no pack holds two of them.
 
-    def __init__(self, packings: Sequence[Packing]) -> None:
+    Args:
+        width: sequences of a pack.
+        seed: of the order they are taken in.
+    """
+
+    padding = 0
+
+    def __init__(self, packings: Sequence[Packing], width: int = 1, seed: int = 0) -> None:
         self.packings = packings
+        self._seed = seed
+        self.num_samples = sum(len(packing.ends) for packing in packings)
+        self.num_rows = width * sum(map(len, packings))
+        self.left_out = sum(packing.left_out for packing in packings)  # tokens that fill no pack
+        self.divided = sum(packing.divided for packing in packings)
         self._ends = np.cumsum([len(packing) for packing in packings])
         self.num_tokens = sum(packing.num_tokens for packing in packings)
         self.equal_segments = all(packing.equal_segments for packing in packings)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    def in_order(self, number: int) -> int:
+        """Return what ``pack`` is asked for to have pack ``number``."""
+        return number
+
+    def layout(self) -> tuple[np.ndarray, ...]:
+        """Return what says where every sample lies, for a fingerprint."""
+        return tuple(packing.ends for packing in self.packings)
+
+    def sampler(self, micro_num: int, rank: int, size: int, num_epochs: int | None) -> PackSampler:
+        """Return which packs a data-parallel rank takes at which step, however long the run is."""
+        return PackSampler(len(self), micro_num, rank, size, self._seed)
 
     def pack(self, index: int) -> Pack:
         """Build one pack of one of the data sets."""

@@ -3,24 +3,30 @@
 Imports numpy but not torch, so that a dry run and the checks of a config stay quick.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from portmoe.config import Config
 from portmoe.config.section import LARGEST_SIZE
 from portmoe.data.fingerprint import fingerprint
 from portmoe.data.packing import Packing, PackSequence
+from portmoe.data.row_packs import RowPacks
 from portmoe.data.sources.dummy import DummyDataset
 from portmoe.data.sources.opened import Split, open_samples
+from portmoe.data.sources.sample import Samples
 from portmoe.errors import ConfigError
 
 SAMPLES_PER_RANK = 500  # of the dummy data, fixed by the benchmark
 
 
-def open_packs(config: Config, size: int, micro_num: int, split: Split = "train") -> PackSequence:
+Packs = PackSequence | RowPacks
+
+
+def open_packs(config: Config, size: int, micro_num: int, split: Split = "train") -> Packs:
     """Open the data of a split for ``size`` data-parallel ranks with ``micro_num`` packs each per step.
 
     Raises ``ConfigError`` where a folder cannot be used, where the vocabulary is too small for the dummy
-    data, or where the packs do not fill one step.
+    data, or where there is nothing to take (with the benchmark's packing: less than fills one step).
     """
     data = config.data
     folder = data.train_folder if split == "train" else data.valid_folder
@@ -30,14 +36,15 @@ def open_packs(config: Config, size: int, micro_num: int, split: Split = "train"
         check_vocabulary(config, samples[0].max_token, "the dummy data")
     else:
         samples = open_samples(config, split).samples
+    packs = packed(config, samples)
     pack_len = data.micro_bsz * data.seq_len
-    packs = PackSequence([Packing(one, data.seq_len, pack_len) for one in samples])
-    needed = micro_num * size if split == "train" else 1  # a validation takes all there are
+    whole_steps = split == "train" and data.packing == "benchmark"
+    needed = micro_num * size if whole_steps else 1  # else rows follow each other, and a validation takes all
     if len(packs) >= needed:
         return packs
     what = f"one step takes {needed} packs (micro_num {micro_num} · data-parallel size {size})"
     message = (
-        f"{what if split == 'train' else 'a validation takes 1 pack or more'} of {pack_len} "
+        f"{what if whole_steps else f'the {split} split needs 1 pack or more'} of {pack_len} "
         f"tokens (data.micro_bsz={data.micro_bsz} · data.seq_len={data.seq_len}), "
         f"and there are {len(packs)}: "
     )
@@ -50,6 +57,15 @@ def open_packs(config: Config, size: int, micro_num: int, split: Split = "train"
     enough = _enough_samples(config, len(samples[0]), needed * pack_len)
     fix = f"set data.num_samples to {enough} or more" if enough else "lower one of these sizes"
     raise ConfigError(message + f"data.num_samples={len(samples[0])} is too small; {fix}")
+
+
+def packed(config: Config, samples: Sequence[Samples]) -> Packs:
+    """Lay the samples of some data sets out as ``data.packing`` says."""
+    data, seed = config.data, config.run.seed
+    if data.packing == "benchmark":
+        pack_len = data.micro_bsz * data.seq_len
+        return PackSequence([Packing(one, data.seq_len, pack_len) for one in samples], data.micro_bsz, seed)
+    return RowPacks(samples, data.packing, data.seq_len, data.micro_bsz, data.use_varlen_attn, seed)
 
 
 def split_micro_num(config: Config, micro_num: int, split: Split) -> int:

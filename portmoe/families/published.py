@@ -18,6 +18,7 @@ Zero = Annotated[float, Field(ge=0, le=0)]
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "moe": {"capacity_factor": None, "eval_capacity_factor": None, "min_capacity": 0},
     "loss": {"reduction": "token"},
+    "data": {"packing": "cut"},
 }
 
 

@@ -22,11 +22,11 @@ class Segments:
     ``offsets`` starts at 0, rises strictly, and ends at the number of tokens.
 
     Attributes:
-        padded: the last segment is padding, which enters no loss.
+        padded: how many of the last segments are padding, which enters no loss.
     """
 
     offsets: tuple[int, ...]
-    padded: bool = False
+    padded: int = 0
 
     def __post_init__(self) -> None:
         if not self.offsets or self.offsets[0] != 0 or any(a >= b for a, b in pairwise(self.offsets)):
@@ -44,12 +44,12 @@ class Segments:
     @property
     def real(self) -> int:
         """The number of tokens that are no padding; they come first."""
-        return self.offsets[-2] if self.padded else self.total
+        return self.offsets[len(self.offsets) - 1 - self.padded]
 
     @property
     def real_lengths(self) -> tuple[int, ...]:
         """The lengths of the segments that are no padding."""
-        return self.lengths[:-1] if self.padded else self.lengths
+        return self.lengths[: len(self.lengths) - self.padded]
 
     @property
     def equal_length(self) -> int | None:

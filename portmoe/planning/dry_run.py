@@ -11,6 +11,9 @@ from portmoe.config.read import default_model, no_effect_notes
 from portmoe.costs.flops import benchmark_flops_per_token, model_flops_per_token
 from portmoe.costs.memory import activation_bytes, recomputed_bytes
 from portmoe.costs.parameters import count_parameters
+from portmoe.data import summary
+from portmoe.data.packs import open_packs
+from portmoe.errors import ConfigError
 from portmoe.ops import OPERATIONS, choose
 from portmoe.parallel.layout import Layout, most_ranks
 from portmoe.parallel.stages import describe, in_flight, stages_of
@@ -28,6 +31,7 @@ def dry_run(config: Config, config_name: str, backend: str, world_size: int) -> 
     """
     layout = Layout.plan(config, world_size)
     accelerator = get_accelerator(backend)
+    config, data = _data(config, layout)
     said = (*default_model(config), *filter(None, [out_of_reach(config)]), *no_effect_notes(config))
     notes = [f"note: {note}" for note in said]
     operations = list(_operations(config, layout, accelerator, notes))
@@ -35,6 +39,7 @@ def dry_run(config: Config, config_name: str, backend: str, world_size: int) -> 
         ("config", config_name),
         ("backend", accelerator.name),
         *_sizes(config, layout),
+        *data,
         *_pipeline(config, layout),
         *_memory(config, layout),
         *_communication(config, layout),
@@ -56,6 +61,21 @@ def _sizes(config: Config, layout: Layout) -> Iterator[tuple[str, str]]:
     limit, ranks = config.data.max_global_batch_size, most_ranks(config)
     if ranks is not None:
         yield "", f"data.max_global_batch_size {limit} allows at most {ranks} ranks with this micro_num"
+
+
+def _data(config: Config, layout: Layout) -> tuple[Config, list[tuple[str, str]]]:
+    """The config with its number of steps, and how full packs are, where that is worth opening the data."""
+    if config.data.num_epochs is None and (
+        config.data.packing == "benchmark" or config.data.train_folder is None
+    ):
+        return config, []
+    sizes = layout.data, layout.micro_num
+    try:
+        found = summary(config, open_packs(config, *sizes), *sizes)
+    except ConfigError as error:
+        return config, [("data", f"cannot be looked at: {error}")]
+    data = config.data.model_copy(update={"total_steps": found.total_steps})
+    return config.model_copy(update={"data": data}), [("data", str(found))]
 
 
 def _memory(config: Config, layout: Layout) -> Iterator[tuple[str, str]]:

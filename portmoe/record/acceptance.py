@@ -43,7 +43,7 @@ def of_the_benchmark(config: Config) -> bool:
 def out_of_reach(config: Config) -> str | None:
     """A line that says so where a run has too few steps to be accepted."""
     steps = config.data.total_steps
-    if not applies(config) or steps > FIRST_STEP:
+    if not applies(config) or steps is None or steps > FIRST_STEP:  # None: the data will say
         return None
     return (
         f"acceptance: cannot be reached in {steps} steps ({RULE}, counted from 0); set data.total_steps "

@@ -15,7 +15,7 @@ from portmoe.accelerator import Accelerator, get_accelerator
 from portmoe.checkpoint.store import Checkpointer
 from portmoe.config import Config
 from portmoe.config.read import default_model, no_effect_notes
-from portmoe.data import DataStream, check_data, open_data
+from portmoe.data import DataStream, check_data, open_data, summary, with_total_steps
 from portmoe.errors import TrainingError
 from portmoe.launch import launch
 from portmoe.launch.interrupt import Interrupt
@@ -100,6 +100,7 @@ def open_session(
     ranks = detect(launcher)
     layout = Layout.plan(config, ranks.world_size)
     data = check_data(config, layout.data, layout.micro_num)
+    config = with_total_steps(config, layout.data, layout.micro_num)
     accelerator = get_accelerator(backend)
     accelerator.device.set_deterministic(config.cudnn_deterministic)
     accelerator.memory.keep_freed()
@@ -179,6 +180,8 @@ def _opened(
         )
         for split in splits
     }
+    if config.data.packing != "benchmark":
+        notes.append(f"data: {summary(config, streams['train'].packs, layout.data, layout.micro_num)}")
     return Session(
         config=config,
         config_name=config_name,

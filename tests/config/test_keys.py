@@ -21,6 +21,7 @@ SAME_RUN = [
     "data.valid_micro_num",
     "data.valid_every",
     "data.total_steps",
+    "data.num_epochs",
     "data.valid_folder",
     "data.on_bad_sample",
     "data.cache_folder",

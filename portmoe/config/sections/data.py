@@ -1,6 +1,6 @@
 """What one step consumes."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -25,7 +25,11 @@ class DataConfig(Section):
     valid_micro_num: Annotated[Annotated[int, Field(ge=0, le=LARGEST_SIZE)] | None, SAME_RUN] = None
     valid_every: Annotated[Count, SAME_RUN] = 0  # steps between validations, 0: none
     pack_sample_into_one: Literal[False] = False
-    total_steps: Annotated[Positive, SAME_RUN] = 50
+    # what fills the rows of seq_len tokens, see docs/finetune.md; the published models' default is cut
+    packing: Literal["benchmark", "cut", "whole", "none"] = "benchmark"
+    use_varlen_attn: bool = True  # false: attention crosses the samples of a row, as its positions do
+    total_steps: Annotated[Positive | None, SAME_RUN] = 50  # null: what num_epochs makes
+    num_epochs: Annotated[Positive | None, SAME_RUN] = None  # null: total_steps, whatever epochs they make
     skip_batches: str = ""  # steps passed over, as "3,10-12"
     rampup_batch_size: Literal[""] | None = ""
     min_length: Annotated[Count, OF_THE_DATA] = 50  # shorter samples of a tokenized data set are left out
@@ -44,6 +48,22 @@ class DataConfig(Section):
     fixed_random_dataset_seqlen: bool = True
     empty_cache_and_diag_interval: Annotated[Count, no_effect("memory is not emptied between steps")] = 200
     diag_outlier_ratio: Annotated[NonNegative, no_effect("slow ranks are not diagnosed")] = 1.1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_or_epochs(cls, values: Any) -> Any:
+        """With epochs, the number of steps is the data's to say."""
+        if isinstance(values, dict) and values.get("num_epochs") is not None:
+            return {"total_steps": None} | values
+        return values
+
+    @model_validator(mode="after")
+    def _some_length(self) -> "DataConfig":
+        if self.total_steps is None and self.num_epochs is None:
+            raise ValueError(
+                "data.total_steps=null and data.num_epochs=null leave open how long the run is; set one"
+            )
+        return self
 
     @field_validator("skip_batches")
     @classmethod
