@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from portmoe.cli import completions
 from portmoe.cli.first_line import announce
 from portmoe.cli.options import backend_option, config_options
 from portmoe.errors import TrainingError, written_to
@@ -12,17 +13,26 @@ from portmoe.errors import TrainingError, written_to
 
 @click.command()
 @config_options
-@click.option("--reference", default="cpu", show_default=True, help="The backend that is trusted.")
+@click.option(
+    "--reference",
+    default="cpu",
+    show_default=True,
+    metavar="BACKEND",
+    shell_complete=completions.backends,
+    help="The backend that is trusted.",
+)
 @backend_option("The backend under suspicion.")
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**31),
+    metavar="N",
     default=None,
     help="Of weights and data.  [default: run.seed of the config]",
 )
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
     default=None,
     help="A file for the report: JSON, or a page where its name ends in .html.",
 )

@@ -1,4 +1,7 @@
-"""What a shell completes: the values of options and arguments. Imported by every command, so light itself."""
+"""What a shell completes: the values of options and arguments. Imported by every command, so light itself.
+
+Files or folders are asked for before the names: bash forgets the names that it has heard before that.
+"""
 
 import click
 from click.shell_completion import CompletionItem
@@ -11,7 +14,7 @@ def configs(context: click.Context, parameter: click.Parameter, given: str) -> l
     names = [
         CompletionItem(name.removesuffix(".yaml")) for name in packaged_names() if name.startswith(given)
     ]
-    return [*names, CompletionItem(given, type="file")]
+    return [CompletionItem(given, type="file"), *names]
 
 
 def backends(context: click.Context, parameter: click.Parameter, given: str) -> list[CompletionItem]:
@@ -45,4 +48,9 @@ def runs(context: click.Context, parameter: click.Parameter, given: str) -> list
 
     found = sorted(str(path.parent) for path in RUNS.glob(f"*/{CONFIG}"))
     items = [CompletionItem(path) for path in found if path.startswith(given)]
-    return [*items, CompletionItem(given, type="dir")]
+    return [*folders(context, parameter, given), *items]
+
+
+def folders(context: click.Context, parameter: click.Parameter, given: str) -> list[CompletionItem]:
+    """Any folder."""
+    return [CompletionItem(given, type="dir")]

@@ -2,6 +2,7 @@
 
 import click
 
+from portmoe.cli import completions
 from portmoe.cli.first_line import announce
 
 
@@ -10,8 +11,8 @@ def model() -> None:
     """Look at models."""
 
 
-@model.command()
-@click.argument("folder", metavar="FOLDER")
+@model.command(short_help="Tell what model a folder holds and what training it takes.")
+@click.argument("folder", metavar="FOLDER", shell_complete=completions.folders)
 def inspect(folder: str) -> None:
     """Tell what model a folder of the hub holds and what training it takes, and whether it is whole.
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from portmoe.cli import completions
 from portmoe.cli.options import run_argument
 from portmoe.config.names import BENCHMARK
 from portmoe.errors import TrainingError
@@ -17,13 +18,15 @@ from portmoe.errors import TrainingError
     default=BENCHMARK,
     show_default=True,
     metavar="BENCHMARK",
+    shell_complete=completions.configs,
     help="The config the rules are about: a YAML file, or the name of a packaged one.",
 )
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
     default=None,
-    help="Directory for acceptance.html and acceptance.json.  [default: RUN]",
+    help="A folder for acceptance.html and acceptance.json.  [default: RUN]",
 )
 def report(run: Path, against: str, out: Path | None) -> None:
     """Check a run against a benchmark's rules, one by one, and file what an organiser needs.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from portmoe.accelerator.discovery import prepare
+from portmoe.cli import completions
 from portmoe.cli.first_line import announce
 from portmoe.cli.options import run_argument
 from portmoe.errors import ConfigError, TrainingError, written_to
@@ -26,12 +27,14 @@ if TYPE_CHECKING:
     "--replay",
     "backend",
     metavar="BACKEND",
+    shell_complete=completions.backends,
     default=None,
     help="Compute some of its steps again on this backend, in this process.",
 )
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
     default=None,
     help="A folder for verify.json and verify.html.",
 )

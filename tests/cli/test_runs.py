@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -95,6 +98,25 @@ def test_a_shell_completes(words, found, tmp_path, monkeypatch):
         make(tmp_path / "runs" / name)
     assert set(found) <= set(completed(*words))
     assert "runs/other" not in completed(*words)
+
+
+BASH = """
+compopt() { :; }  # bash has it while a person completes only
+eval "$("$1" completion bash)"
+for typed in "train --config tiny_mo" "compare runs/a" "bisect --reference c"; do
+    COMP_WORDS=(portmoe $typed) COMPREPLY=()
+    COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+    _portmoe_completion "$1"
+    echo "${COMPREPLY[@]}"
+done
+"""
+
+
+def test_bash_itself_keeps_the_names_beside_files_and_folders(tmp_path):
+    make(tmp_path / "runs" / "abc")
+    line = ["bash", "--norc", "-c", BASH, "bash", Path(sys.executable).with_name("portmoe")]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.splitlines() == ["tiny_moe4", "runs/abc", "cpu cuda"], done.stderr
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
