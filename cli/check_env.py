@@ -17,14 +17,19 @@ COLOURS = {"OK": "green", "WARN": "yellow", "FAIL": "red"}
 @backend_option("The backend to check; auto checks all that are installed.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 @click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), default=None, help="An HTML page of the report."
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    default=None,
+    help="An HTML page of the report.",
 )
 @click.option(
     "--timeout",
     type=click.FloatRange(1, 3600),
+    metavar="SECONDS",
     default=120,
     show_default=True,
-    help="Seconds one check may take before it counts as failed.",
+    help="How long one check may take before it counts as failed.",
 )
 def check_env(backend: str, as_json: bool, out: Path | None, timeout: float) -> None:
     """Check what this machine can train on, and say how to repair what cannot.

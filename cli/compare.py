@@ -15,13 +15,18 @@ RUN = click.Path(exists=True, file_okay=False, path_type=Path)
 @run_argument("first", "RUN_A")
 @run_argument("second", "RUN_B")
 @click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), default=None, help="An HTML page with plots."
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    default=None,
+    help="An HTML page with plots.",
 )
 @click.option(
     "--twin",
     "twins",
     multiple=True,
     type=RUN,
+    metavar="RUN",
     help="A twin of one of the two, from `portmoe train --twin N`; without any, those that lie beside it "
     "(RUN_A-twin1, …). May be repeated.",
 )

@@ -27,9 +27,17 @@ def config(context: click.Context, config_file: str, overrides: tuple[str, ...])
     _show_notes(resolved)
 
 
-@config.command("import")
+@config.command("import", short_help="Turn a config of InternEvo or XTuner into YAML.")
 @click.argument("source", metavar="FILE.py")
-@click.option("-o", "--output", default=None, metavar="FILE.yaml", help="Write here instead of printing.")
+@click.option(
+    "-o",
+    "--out",
+    "--output",
+    "output",
+    default=None,
+    metavar="FILE.yaml",
+    help="Write here instead of printing.",
+)
 @click.option("--force", is_flag=True, help="Overwrite the output file.")
 def import_(source: str, output: str | None, force: bool) -> None:
     """Turn a config of InternEvo or XTuner into a YAML config, without executing it.
@@ -78,8 +86,8 @@ def _write(output: str, text: str, force: bool) -> None:
             file.write(text)
     except FileExistsError:
         raise ConfigError(
-            f"--output {shorten(output)} exists; add --force to overwrite it, or give another name"
+            f"--out {shorten(output)} exists; add --force to overwrite it, or give another name"
         ) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"--output {shorten(output)} cannot be written: {reason}") from None
+        raise ConfigError(f"--out {shorten(output)} cannot be written: {reason}") from None

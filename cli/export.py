@@ -12,7 +12,11 @@ from portmoe.cli.options import run_argument
 @click.command()
 @run_argument()
 @click.option(
-    "--step", type=click.IntRange(0), default=None, help="Of the checkpoint.  [default: the newest]"
+    "--step",
+    type=click.IntRange(0),
+    default=None,
+    metavar="N",
+    help="Of the checkpoint.  [default: the newest]",
 )
 @click.option(
     "--out",

@@ -32,10 +32,10 @@ def config_options(function: Callable[..., Any]) -> Callable[..., Any]:
         "--config",
         "config_file",
         default=None,
-        show_default=TINY,
         metavar="FILE",
         shell_complete=completions.configs,
-        help="A YAML file, or the name of a packaged config (tiny_moe4, 7b_moe4).",
+        help="A YAML file, or a packaged config's name, as 7b_moe4; a name that is none lists them.  "
+        f"[default: {TINY}]",
     )
     overrides = click.option(
         "--set",
@@ -51,7 +51,12 @@ def config_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def backend_option(help_text: str) -> Decorator:
     """--backend, "auto" by default."""
     return click.option(
-        "--backend", default="auto", show_default=True, shell_complete=completions.backends, help=help_text
+        "--backend",
+        default="auto",
+        show_default=True,
+        metavar="BACKEND",
+        shell_complete=completions.backends,
+        help=help_text,
     )
 
 

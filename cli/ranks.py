@@ -17,6 +17,7 @@ def nproc_option() -> Decorator:
     return click.option(
         "--nproc",
         type=click.IntRange(1, MOST_RANKS),
+        metavar="N",
         default=1,
         show_default=True,
         help="Processes on this machine.",

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from portmoe.accelerator.discovery import AUTO, prepare
+from portmoe.accelerator.discovery import prepare
 from portmoe.cli.first_line import announce
-from portmoe.cli.options import run_argument
+from portmoe.cli.options import backend_option, run_argument
 from portmoe.cli.ranks import launcher_option, nproc_option
 from portmoe.errors import TrainingError, written_to
 from portmoe.launch.interrupt import exit_code
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @run_argument()
-@click.option("--backend", default=AUTO, show_default=True, help="What computes the steps.")
+@backend_option("What computes the steps.")
 @click.option(
     "--out",
     required=True,
     type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
     help="A folder for replay.json, replay.html and the steps as they were made again.",
 )
 @click.option(

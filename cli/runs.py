@@ -8,7 +8,7 @@ from portmoe.cli import completions
 
 
 @click.command()
-@click.argument("folders", nargs=-1, metavar="[FOLDER]…", shell_complete=completions.runs)
+@click.argument("folders", nargs=-1, metavar="[FOLDER]...", shell_complete=completions.runs)
 def runs(folders: tuple[str, ...]) -> None:
     """List the runs below runs/, or below the folders given, the newest first.
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-restarts",
     type=click.IntRange(0, MOST_RANKS),
+    metavar="N",
     default=0,
     show_default=True,
     help="How often to start all processes again after a failure.",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 @click.option(
     "--world-size",
     type=click.IntRange(1, MOST_RANKS),
+    metavar="N",
     default=None,
     help="Number of ranks the dry run is for.  [default: --nproc]",
 )

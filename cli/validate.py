@@ -5,8 +5,9 @@ from pathlib import Path
 
 import click
 
-from portmoe.accelerator.discovery import AUTO, prepare
+from portmoe.accelerator.discovery import prepare
 from portmoe.cli.first_line import announce
+from portmoe.cli.options import backend_option
 from portmoe.errors import TrainingError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -14,22 +15,29 @@ COLOURS = {"pass": "green", "skip": "yellow", "fail": "red"}
 
 
 @click.command()
-@click.option("--backend", default=AUTO, show_default=True, help="The backend to validate.")
+@backend_option("The backend to validate.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
     default=None,
-    help="Directory for report.json, report.xml (JUnit) and report.html.",
+    help="A folder for report.json, report.xml (JUnit) and report.html.",
 )
 @click.option(
-    "--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Of the sample values."
+    "--seed",
+    type=click.IntRange(0, 2**31),
+    metavar="N",
+    default=0,
+    show_default=True,
+    help="Of the sample values.",
 )
 @click.option(
     "--timeout",
     type=click.FloatRange(1, 3600),
+    metavar="SECONDS",
     default=300,
     show_default=True,
-    help="Seconds the collectives, and the training run, may each take.",
+    help="How long the collectives, and the training run, may each take.",
 )
 @click.option(
     "--quick", is_flag=True, help="Few shapes, no collectives, no training run: less than a minute."

@@ -1,6 +1,7 @@
 """Reading a config: a file or a packaged name, overrides, and one clear message for any mistake."""
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -141,8 +142,11 @@ def _open(source: str, packaged: Sequence[str]) -> BinaryIO:
         if name in packaged:
             return (resources.files(PACKAGE) / name).open("rb")
     kind = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "not found"
-    allowed = f"a YAML file or a packaged name: {', '.join(packaged)}" if packaged else "a file"
-    raise ConfigError(f"config {shorten(source)}: {kind}; give the path of {allowed}")
+    names = [name.removesuffix(".yaml") for name in packaged]
+    near = get_close_matches(source.removesuffix(".yaml"), names, n=1)
+    guess = f"; did you mean {near[0]}?" if near else ""
+    allowed = f"a YAML file or a packaged name: {', '.join(names)}" if names else "a file"
+    raise ConfigError(f"config {shorten(source)}: {kind}{guess}; give the path of {allowed}")
 
 
 def _parse(text: str, source: str) -> Any:

@@ -333,6 +333,10 @@ def test_contradictions_are_listed_together(folder):
         ("../tiny_moe4", "not found"),
         ("__init__.py", "not found"),
         ("tiny_moe4.yml", "not found"),
+        (
+            "tiny_mixtrall",
+            r"not found; did you mean tiny_mixtral\?; give the path of a YAML file or a packaged name: 7b",
+        ),
         ("\udcff", "not found"),
     ],
     ids=lambda value: repr(value)[:40],
