@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from portmoe.accelerator import Operations
 from portmoe.backends.cpu import (
+    attention,
     bag_dispatch,
     buffered_expert_ffn,
     cross_entropy,
@@ -25,6 +26,7 @@ OWN = (
     *expert_ffn.ALL,
     *buffered_expert_ffn.ALL,
     *cross_entropy.ALL,
+    *attention.ALL,
 )
 NOT_FOR_HOSTS = (torch_ops.CROSS_ENTROPY_CHUNKED,)  # its slices are an accelerator's
 

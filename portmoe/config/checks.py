@@ -50,6 +50,7 @@ def _of_the_model(config: "Tree", model: "Architecture") -> Iterator[str]:
 def _of_the_parallel_sizes(config: "Tree", model: "Architecture") -> Iterator[str]:
     """Sizes that contradict each other for any number of ranks."""
     keys, parallel, chunks = model.keys, config.parallel, config.model.num_chunks
+    shared_key, shared = parallel.shared_by
     tensor, pipeline, spread = parallel.tensor.size, parallel.pipeline.size, parallel.expert.size
     heads, kv_heads = model.heads["heads"], model.heads["kv_heads"]
     if heads % tensor:
@@ -62,10 +63,10 @@ def _of_the_parallel_sizes(config: "Tree", model: "Architecture") -> Iterator[st
             f"{keys['kv_heads']}={kv_heads} must be a multiple of parallel.tensor.size={tensor}, or the size "
             "one of it; change one of the two"
         )
-    if parallel.tensor.mode != "mtp" and config.data.micro_bsz * config.data.seq_len % tensor:
+    if parallel.mode != "mtp" and config.data.micro_bsz * config.data.seq_len % shared:
         yield (
             f"data.micro_bsz={config.data.micro_bsz} · data.seq_len={config.data.seq_len} must be a multiple "
-            f"of parallel.tensor.size={tensor}, which splits the sequence; change one of the three"
+            f"of {shared_key}={shared}, which splits the sequence; change one of the three"
         )
     if chunks > 1 and pipeline == 1:
         yield (
@@ -120,6 +121,7 @@ def _of_the_engine(config: "Tree") -> Iterator[str]:
         return
     layouts = {
         "parallel.tensor.size": (parallel.tensor.size, 1),
+        "parallel.sequence.size": (parallel.sequence.size, 1),
         "parallel.pipeline.size": (parallel.pipeline.size, 1),
         "parallel.weight.size": (parallel.weight.size, 1),
         "parallel.expert.size": (parallel.expert.size or 1, 1),

@@ -73,13 +73,13 @@ class Attention(nn.Module):
                 q_TND, k_TND = self.q_norm(q_TND), self.k_norm(k_TND)
             q_TND = self.ops.rotary(q_TND, cos_TR, sin_TR, self.sizes.rotary.interleaved)
             k_TND = self.key_ops.rotary(k_TND, cos_TR, sin_TR, self.sizes.rotary.interleaved)
-            y_TND = self.ops.attention(q_TND, k_TND, v_TND, segments, self.scale)
+            y_TND = self.tokens.attend(self.ops.attention, q_TND, k_TND, v_TND, segments, self.scale)
             y_TH = self.out(self.tokens.to_tokens(y_TND.flatten(1)))
         return self.region.leave(y_TH)
 
     def _project(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
         """This rank's queries, keys and values of all tokens, and their widths in a key head."""
-        holders = self.holders(self.region.parts * self.tokens.ranks)
+        holders = self.holders(self.region.parts * self.tokens.head_ranks)
         if holders == 1:
             return self.tokens.to_heads(self.qkv(x_TH)), self.widths
         queries, *others = self.widths
@@ -116,13 +116,12 @@ class Attention(nn.Module):
         yield Call("linear", self.qkv.site, work)
         if sizes.norm_epsilon is not None:
             for role, number in zip(NORMED, (heads, kv_heads), strict=True):
-                rows = share.workload(share.tokens * number, hidden=sizes.head_dim)
+                rows = share.workload(share.attending * number, hidden=sizes.head_dim)
                 yield Call("rms_norm", site(self.where, role), rows)
         for where, number in ((self.where, heads), (self._of_keys(self.where), kv_heads)):
-            turned = share.workload(share.tokens, heads=number, head_dim=sizes.head_dim, **shared)
+            turned = share.workload(share.attending, heads=number, head_dim=sizes.head_dim, **shared)
             yield Call("rotary", where, turned)
-        workload = share.workload(
-            share.tokens,
+        workload = share.of_attention(
             heads=heads,
             head_dim=sizes.head_dim,
             kv_heads=None if sizes.group == 1 else kv_heads,
@@ -136,8 +135,8 @@ class Attention(nn.Module):
         queries, outputs = sizes.heads * sizes.head_dim, sizes.heads * sizes.value_dim
         of_key = sizes.head_dim + sizes.value_dim
         weights = hidden * ((queries + outputs) / share.parts + self._kv_heads(share.parts) * of_key)
-        scores = share.tokens * share.attended * (queries + outputs) / share.ranks
-        heads = share.tokens * ((queries + outputs) / share.ranks + self._kv_heads(share.ranks) * of_key)
+        scores = share.attending * share.attended * (queries + outputs) / share.ranks
+        heads = share.attending * ((queries + outputs) / share.ranks + self._kv_heads(share.ranks) * of_key)
         moved = 3 * (weights + 2 * share.inside * hidden + heads)
         yield PartCost("attention", 2 * weights * share.inside + 2 * scores, moved * share.item)
 
@@ -146,7 +145,7 @@ class Attention(nn.Module):
         sizes = self.sizes
         heads, kv_heads = sizes.heads // share.ranks, self._kv_heads(share.ranks)
         widths = (heads + kv_heads) * (sizes.head_dim + sizes.value_dim)
-        return share.tokens * (widths * share.item + FP32_BYTES * heads)
+        return share.attending * (widths * share.item + FP32_BYTES * heads)
 
     def _kv_heads(self, ranks: int) -> int:
         """Heads of keys and values on each of ``ranks`` that share them."""

@@ -23,6 +23,7 @@ from portmoe.model.precision import compute_dtype
 from portmoe.model.reference_table import reference_table
 from portmoe.model.rotary import rotary_tables
 from portmoe.model.share import Calls, Costs, Share
+from portmoe.model.sharing import ALL_TOKENS
 from portmoe.model.vocabulary import Embedding, Head
 from portmoe.ops import OpTable, Segments
 
@@ -179,6 +180,7 @@ class Decoder(nn.Module):
             self.head = Head(model.vocabulary, model.hidden, ops) if head else None
         self.architecture = model
         self.config = config
+        self.tokens = ALL_TOKENS
         if device.type != "meta":
             self.to_empty(device=device)
             initialise(self, config)
@@ -198,7 +200,7 @@ class Decoder(nn.Module):
             head gives logits [B,V] instead, see ``Head.logits``.
         """
         x_TH = inputs if self.embedding is None else self._embed(inputs)
-        tables = self._rotary_tables(batch.positions_T)
+        tables = self._rotary_tables(self.tokens.attended(batch.positions_T))
         noise_seed = micro_batch_seed(self.config.run.seed, batch.index)
         terms_W = terms_so_far_W
         if terms_W is None:

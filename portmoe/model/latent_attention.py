@@ -68,7 +68,7 @@ class LatentAttention(nn.Module):
             latent_TL, turned_TR = self.down(x_TH).split((sizes.latent_rank, sizes.turned_dim), -1)
             expanded_TM = self.up(self.latent_norm(latent_TL.contiguous()))
             q_TND, plain_TNP, v_TNW = self._to_heads(self._queries(x_TH), expanded_TM)
-            key_T1R = self.tokens.gather(turned_TR.contiguous()).unsqueeze(1)
+            key_T1R = self.tokens.to_every_head(turned_TR.contiguous()).unsqueeze(1)
             key_T1R = self.key_ops.rotary(key_T1R, cos_TR, sin_TR, sizes.rotary.interleaved)
             q_plain_TNP, q_turned_TNR = q_TND.split((sizes.plain_dim, sizes.turned_dim), -1)
             q_turned_TNR = self.ops.rotary(
@@ -76,7 +76,7 @@ class LatentAttention(nn.Module):
             )
             q_TND = torch.cat((q_plain_TNP, q_turned_TNR), -1)
             k_TND = torch.cat((plain_TNP, key_T1R.expand(-1, plain_TNP.shape[1], -1)), -1)
-            y_TNW = self.ops.attention(q_TND, k_TND, v_TNW, segments, sizes.scale)
+            y_TNW = self.tokens.attend(self.ops.attention, q_TND, k_TND, v_TNW, segments, sizes.scale)
             y_TH = self.out(self.tokens.to_tokens(y_TNW.flatten(1)))
         return self.region.leave(y_TH)
 
@@ -88,12 +88,12 @@ class LatentAttention(nn.Module):
     def _to_heads(
         self, q_TM: torch.Tensor, expanded_TM: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, plain keys and values by head; of all tokens, where ranks split them."""
+        """Queries, plain keys and values by head, of the tokens that this rank attends with."""
         sizes = self.sizes
         widths = (sizes.head_dim, sizes.plain_dim, sizes.value_dim)
         q_TND = q_TM.unflatten(-1, (-1, sizes.head_dim))
         expanded_TNM = expanded_TM.unflatten(-1, (-1, sizes.plain_dim + sizes.value_dim))
-        if not self.tokens.split:
+        if self.tokens.head_ranks == 1:
             return q_TND, *expanded_TNM.split(widths[1:], -1)
         both_TM = self.tokens.to_heads(torch.cat((q_TND, expanded_TNM), -1).flatten(1))
         return both_TM.unflatten(-1, (-1, sum(widths))).split(widths, -1)
@@ -112,10 +112,9 @@ class LatentAttention(nn.Module):
         yield Call("rms_norm", self.latent_norm.site, share.workload(tokens, hidden=sizes.latent_rank))
         yield from self.up.call(share, tokens, outputs=share.parts)
         for where, number in ((self.where, heads), (site(self.where, "shared key"), 1)):
-            work = share.workload(share.tokens, heads=number, head_dim=sizes.turned_dim, **turned)
+            work = share.workload(share.attending, heads=number, head_dim=sizes.turned_dim, **turned)
             yield Call("rotary", where, work)
-        work = share.workload(
-            share.tokens,
+        work = share.of_attention(
             heads=heads,
             head_dim=sizes.head_dim,
             value_dim=None if sizes.value_dim == sizes.head_dim else sizes.value_dim,
@@ -134,8 +133,8 @@ class LatentAttention(nn.Module):
         )
         weights = whole + cut / share.parts
         widths = sizes.heads * (sizes.head_dim + sizes.value_dim)
-        scores = share.tokens * share.attended * widths / share.ranks
-        heads = share.tokens * 2 * widths / share.ranks  # q, k, v and the output
+        scores = share.attending * share.attended * widths / share.ranks
+        heads = share.attending * 2 * widths / share.ranks  # q, k, v and the output
         moved = 3 * (weights + 2 * tokens * hidden + heads)
         yield PartCost("attention", 2 * weights * tokens + 2 * scores, moved * share.item)
 
@@ -144,4 +143,4 @@ class LatentAttention(nn.Module):
         sizes = self.sizes
         latents = share.inside * 2 * (sizes.latent_rank + (sizes.query_rank or 0)) * share.item
         heads = 2 * sizes.heads * (sizes.head_dim + sizes.value_dim) * share.item // share.ranks
-        return latents + share.tokens * (heads + FP32_BYTES * sizes.heads // share.ranks)
+        return latents + share.attending * (heads + FP32_BYTES * sizes.heads // share.ranks)

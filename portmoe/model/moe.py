@@ -157,7 +157,7 @@ class MoE(nn.Module):
         return self.ops.combine(y_RH, row_KT, routing.weight_KS)
 
     def _ragged(self, share: Share) -> bool:
-        return self.gate.dropless or (share.token_split and share.ranks > 1)
+        return self.gate.dropless or share.token_split
 
     def rows(self, share: Share) -> int:
         """Rows of the buffer all experts see together, for this rank's tokens."""

@@ -4,7 +4,7 @@ From it modules tell which operations they call with which shapes, what they cos
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -44,8 +44,9 @@ class Share:
     Attributes:
         tokens: T, of a micro-batch, over all ranks that share it.
         attended: how many tokens a query meets on average, or is counted with.
-        ranks: that share a layer, or, where ``token_split`` is set, a sequence.
-        token_split: each of these ranks has whole weights and its own run of the tokens.
+        ranks: that share a layer, or, where ``token_split`` is set, the heads of the same tokens.
+        token_split: each of these ranks has whole weights and its own tokens.
+        ring: ranks, or groups of ``ranks``, that keys and values go around; each attends with its own tokens.
         between: tokens this rank has between the regions of layers.
         regather: what enters a region is gathered again for the backward pass, not kept.
         expert_ranks: ranks the experts are spread over.
@@ -60,6 +61,7 @@ class Share:
     equal_segments: bool = False
     ranks: int = 1
     token_split: bool = False
+    ring: int = 1
     between: int | None = None
     regather: bool = False
     expert_ranks: int = 1
@@ -79,6 +81,11 @@ class Share:
     def inside(self) -> int:
         """Tokens of the products with weights."""
         return self.own if self.token_split else self.tokens
+
+    @property
+    def attending(self) -> int:
+        """Tokens of the queries, keys and values this rank has."""
+        return self.tokens // self.ring
 
     @property
     def entering(self) -> int:
@@ -103,6 +110,15 @@ class Share:
             equal_segments=self.equal_segments,
             **unknown | sizes,
         )
+
+    def of_attention(self, **sizes: int | None) -> Workload:
+        """The workload of ``attention``; around a ring it is asked for pieces, to be put together."""
+        work = self.workload(self.attending, **sizes)
+        if self.ring == 1:
+            return work
+        even = self.equal_segments and self.seq_len % self.ring == 0
+        length = -(-self.seq_len // self.ring)
+        return replace(work, seq_len=length, equal_segments=even, log_sum=True)
 
 
 def one_token(attended: float) -> Share:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from portmoe.ops import Segments
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -91,15 +93,36 @@ class AllTokens:
         """All tokens' values from each rank's; the gradients of all ranks are summed on the way back."""
         return own
 
+    def attended(self, whole: torch.Tensor) -> torch.Tensor:
+        """The part that this rank has in attention of what is known of all tokens."""
+        return whole
+
     def to_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """Exchange own tokens of all heads for all tokens of own heads; both lie in the second dimension."""
+        """Exchange own tokens of all heads for attended tokens of own heads; heads lie in dimension 1."""
+        return x
+
+    def to_every_head(self, x: torch.Tensor) -> torch.Tensor:
+        """Attended tokens' values of what all heads share, from own tokens'."""
         return x
 
     def to_tokens(self, y: torch.Tensor) -> torch.Tensor:
-        """Back from all tokens of own heads to own tokens of all heads."""
+        """Back from attended tokens of own heads to own tokens of all heads."""
         return y
 
+    def attend(
+        self,
+        attention: Callable[..., torch.Tensor],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        segments: Segments,
+        scale: float,
+    ) -> torch.Tensor:
+        """The operation ``attention`` of this rank's queries over all tokens' keys and values."""
+        return attention(q, k, v, segments, scale)
+
     ranks = 1  # that have other tokens, this one included
+    head_ranks = 1  # those among them that have other heads of the same tokens in attention
 
     @property
     def split(self) -> bool:

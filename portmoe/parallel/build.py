@@ -33,10 +33,10 @@ def build(
     pool = pool or BufferPool()
     with torch.device("meta"):
         model = nn.ModuleList(Decoder(config, ops, s.layers, s.embed, s.head) for s in stages)
-    region = Region.of_mode(meshes.tensor, config.parallel.tensor.mode)
+    region = Region.of_mode(meshes.tensor, config.parallel.mode)
     for decoder in model:
         if meshes.tensor.size() > 1 and region is None:
-            sequence.split(decoder, meshes.tensor)
+            sequence.split(decoder, meshes)
         elif meshes.tensor.size() > 1:
             tensor.share(decoder, region)
             vocabulary.share(decoder, region)

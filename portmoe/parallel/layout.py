@@ -20,9 +20,11 @@ class Layout:
     Attributes:
         world: ranks in all = data · tensor · pipeline.
         data: ranks that see different samples.
-        tensor: ranks that share one layer (or, in isp mode, one sequence).
+        tensor: ranks that share one layer, or that split the tokens of one micro-batch (isp mode,
+            ``parallel.sequence.size``).
+        ring: groups of these that keys and values go around; in each the ranks split the heads.
         pipeline: stages.
-        replicas: ranks that compute with the same weights: ``data``, in isp mode data · tensor.
+        replicas: ranks that compute with the same weights: ``data``, where tokens are split data · tensor.
         zero1: ranks the masters and moments are sharded over; it divides ``replicas``.
         moments: ranks the moments of each of these shards are sharded over again; 1 where ``weight`` is 1.
         sequence: ranks the tokens of a micro-batch are split over between the regions that ``tensor`` shares.
@@ -37,6 +39,7 @@ class Layout:
     world: int
     data: int
     tensor: int
+    ring: int
     pipeline: int
     replicas: int
     zero1: int
@@ -59,11 +62,11 @@ class Layout:
         if world_size < 1:
             raise ConfigError(f"the number of ranks is {world_size}; it must be at least 1")
         parallel = config.parallel
-        tensor, pipeline = parallel.tensor.size, parallel.pipeline.size
+        (shared_by, tensor), pipeline = parallel.shared_by, parallel.pipeline.size
         if world_size % (tensor * pipeline):
             below, above = _multiples_around(world_size, tensor * pipeline)
             raise ConfigError(
-                f"parallel.tensor.size={tensor} · parallel.pipeline.size={pipeline} = {tensor * pipeline} "
+                f"{shared_by}={tensor} · parallel.pipeline.size={pipeline} = {tensor * pipeline} "
                 f"does not divide the {world_size} ranks; use {_either(below, above)} ranks or change one of "
                 "the two"
             )
@@ -71,7 +74,7 @@ class Layout:
         micro_num = _micro_num(config.data, data)
         _check_schedule(config, micro_num)
         _check_tensor(config)
-        replicas = data * tensor if parallel.tensor.mode == "isp" else data
+        replicas = data * tensor if parallel.mode == "isp" else data
         weight = _dividing("parallel.weight.size", parallel.weight.size, replicas)
         spread = parallel.expert.size or _most_expert_ranks(config, data)
         expert = _dividing("parallel.expert.size", spread, replicas)
@@ -79,11 +82,13 @@ class Layout:
             world=world_size,
             data=data,
             tensor=tensor,
+            ring=parallel.sequence.size
+            // math.gcd(parallel.sequence.size, config.architecture.heads["kv_heads"]),
             pipeline=pipeline,
             replicas=replicas,
             zero1=weight if weight > 1 else _zero1(parallel.zero1.size, replicas),
             moments=_moments(parallel.zero1.size, replicas // weight) if weight > 1 else 1,
-            sequence=1 if parallel.tensor.mode == "mtp" else tensor,
+            sequence=1 if parallel.mode == "mtp" else tensor,
             weight=weight,
             expert=expert,
             micro_num=micro_num,
@@ -93,10 +98,12 @@ class Layout:
 
     def __str__(self) -> str:
         """The groups, as shown at the start of a run."""
-        groups = {"data": self.data, "tensor": self.tensor, "pipeline": self.pipeline}
+        shared = "sequence" if self.replicas > self.data else "tensor"
+        groups = {"data": self.data, shared: self.tensor, "pipeline": self.pipeline}
         state = self.zero1 * self.moments
         shards = {"optimizer state": state, "weights": self.weight, "experts": self.expert}
         parts = [f"{name} {size}" for name, size in groups.items()]
+        parts += [f"a ring of {self.ring}"] * (self.ring > 1)
         parts += [f"{name} over {size}" for name, size in shards.items()]
         return f"{self.world} rank{'s' if self.world > 1 else ''}: {', '.join(parts)}"
 
@@ -129,13 +136,13 @@ def most_ranks(config: Config) -> int | None:
     data = config.data
     if data.max_global_batch_size is None or data.global_batch_size is not None:
         return None
-    shares = config.parallel.tensor.size * config.parallel.pipeline.size
+    shares = config.parallel.shared_by[1] * config.parallel.pipeline.size
     return data.max_global_batch_size // (data.micro_bsz * data.micro_num) * shares
 
 
 def _check_tensor(config: Config) -> None:
     """What the tensor-parallel ranks share, beside heads, must divide evenly among them."""
-    size, mode, model = config.parallel.tensor.size, config.parallel.tensor.mode, config.architecture
+    (key_of_size, size), mode, model = config.parallel.shared_by, config.parallel.mode, config.architecture
     if size == 1:
         return
     shared: set[tuple[str, int]] = set()
@@ -147,7 +154,7 @@ def _check_tensor(config: Config) -> None:
     for key, value in sorted(shared):
         if value % size:
             raise ConfigError(
-                f"{key}={value} must be a multiple of parallel.tensor.size={size}; change one of the two"
+                f"{key}={value} must be a multiple of {key_of_size}={size}; change one of the two"
             )
 
 

@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from portmoe.parallel.layout import Layout
 
 PIPELINE, DATA, TENSOR = "pipeline", "data", "tensor"
+RING, HEADS = "ring", "heads"
 REPLICAS, REPLICATE, SHARD = "replicas", "replicate", "shard"
 EXPERT_REPLICATE, EXPERT_SHARD, EXPERT = "expert_replicate", "expert_shard", "expert"
 
@@ -21,12 +22,16 @@ class Meshes:
             of one stage and tensor rank, in isp mode those of one stage. One dimension (SHARD) where the
             optimizer state is sharded over all of them; two (REPLICATE, SHARD) where it is sharded over
             subsets and replicated between them.
+        heads: the tensor ranks that split the heads of one attention, or all its weights.
+        ring: those that keys and values go around; None where ``heads`` are all the tensor ranks.
         expert: those among them, neighbours, that together hold all experts of a layer.
         expert_data: those among them that hold the same experts, in one or two dimensions as ``data``.
     """
 
     root: DeviceMesh
     data: DeviceMesh
+    heads: DeviceMesh
+    ring: DeviceMesh | None
     expert: DeviceMesh
     expert_data: DeviceMesh
 
@@ -37,7 +42,7 @@ class Meshes:
 
     @property
     def tensor(self) -> DeviceMesh:
-        """The ranks that share each layer."""
+        """The ranks that share each layer, or the tokens of each micro-batch."""
         return self.root[TENSOR]
 
     @property
@@ -58,7 +63,11 @@ def build_meshes(layout: Layout, device_type: str) -> Meshes:
         (holders // layout.expert_shards, layout.expert_shards, layout.expert),
         (EXPERT_REPLICATE, EXPERT_SHARD, EXPERT),
     )
-    return Meshes(root, data, experts[EXPERT], experts[experts.mesh_dim_names[:-1]])
+    heads, ring = root[TENSOR], None
+    if layout.ring > 1:
+        sequence = heads._unflatten(0, (layout.ring, layout.tensor // layout.ring), (RING, HEADS))
+        heads, ring = sequence[HEADS], sequence[RING]
+    return Meshes(root, data, heads, ring, experts[EXPERT], experts[experts.mesh_dim_names[:-1]])
 
 
 def _cut(mesh: DeviceMesh, sizes: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:

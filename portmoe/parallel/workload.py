@@ -14,7 +14,7 @@ from portmoe.parallel.layout import Layout
 
 def share_of(config: Config, layout: Layout, device: torch.device) -> Share:
     """One rank's share of a micro-batch and of each layer's weights."""
-    mode, tokens = config.parallel.tensor.mode, layout.tokens_per_micro_batch
+    mode, tokens = config.parallel.mode, layout.tokens_per_micro_batch
     return Share(
         device=device,
         dtype=compute_dtype(config.model),
@@ -23,8 +23,9 @@ def share_of(config: Config, layout: Layout, device: torch.device) -> Share:
         attended=config.data.seq_len / 2,  # what causality leaves
         # dummy samples of fixed length fill seq_len exactly; those of a data set do not
         equal_segments=config.data.train_folder is None and config.data.fixed_random_dataset_seqlen,
-        ranks=layout.tensor,
+        ranks=layout.tensor // layout.ring,
         token_split=mode == "isp" and layout.tensor > 1,
+        ring=layout.ring,
         between=tokens // layout.sequence,
         regather=mode == "fsp" and layout.tensor > 1,
         expert_ranks=layout.expert,

@@ -93,11 +93,17 @@ def _table(layout: Layout) -> OpTable:
 
 
 def _without_scores(
-    q_TND: torch.Tensor, k_TGD: torch.Tensor, v_TGW: torch.Tensor, segments: Segments, scale: float
-) -> torch.Tensor:
+    q_TND: torch.Tensor,
+    k_TGD: torch.Tensor,
+    v_TGW: torch.Tensor,
+    segments: Segments,
+    scale: float,
+    log_sum: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """[T,N,W] of all three, without the T² scores."""
     both_TGW = v_TGW + k_TGD.sum(-1, keepdim=True)
-    return both_TGW.repeat_interleave(q_TND.shape[1] // k_TGD.shape[1], 1) + q_TND.sum(-1, keepdim=True)
+    out_TNW = both_TGW.repeat_interleave(q_TND.shape[1] // k_TGD.shape[1], 1) + q_TND.sum(-1, keepdim=True)
+    return (out_TNW, out_TNW.float().sum(-1)) if log_sum else out_TNW
 
 
 def _dropping(gating: Callable[..., Routing]) -> Callable[..., Routing]:
@@ -148,7 +154,7 @@ def _stage_step(config: Config, layout: Layout, meshes: Meshes, stage: Stage) ->
         traffic.add_all(_pass(config, layout, decoder, last=False), between)
     traffic.add_all(_pass(config, layout, decoder, last=True))
     with Counted() as counted:
-        sum_gradients(decoder, Region.of_mode(meshes.tensor, config.parallel.tensor.mode))
+        sum_gradients(decoder, Region.of_mode(meshes.tensor, config.parallel.mode))
     if layout.moments > 1:
         traffic.add_all(_updates(decoder))
     return traffic, counted.traffic

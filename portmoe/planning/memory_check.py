@@ -19,7 +19,7 @@ def state_of_rank(config: Config, layout: Layout) -> StateBytes:
     if config.trainer.engine == "deepspeed":
         return _under_deepspeed(config, layout)
     parameters = rank_parameters(config, fullest_rank(config))
-    tensor = 1 if config.parallel.tensor.mode == "isp" else layout.tensor
+    tensor = 1 if config.parallel.mode == "isp" else layout.tensor
     shards = (layout.zero1, layout.expert, layout.expert_shards)
     state = state_bytes(config, parameters, *shards, tensor, shared=layout.replicas > 1)
     return replace(state, optimizer=state.optimizer // layout.moments)

@@ -86,7 +86,8 @@ def _names_and_sizes(meshes: Meshes) -> dict[str, tuple[str, int]]:
     """A process group's own name → the dimension of a mesh it is, and its size."""
     names = {}
     # equal groups are one, and have the name of the last
-    for mesh in (meshes.root, meshes.expert_data, meshes.expert, meshes.data):
+    around = [meshes.ring, meshes.heads] if meshes.ring is not None else []
+    for mesh in (meshes.root, *around, meshes.expert_data, meshes.expert, meshes.data):
         for dimension in mesh.mesh_dim_names:
             group = mesh.get_group(dimension)
             names[group.group_name] = (dimension, group.size())

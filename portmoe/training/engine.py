@@ -222,7 +222,7 @@ class NativeEngine(Engine):
         holders = layout.world // layout.pipeline
         layers, cut_moments = len(config.architecture.layers), layout.moments > 1
         self.optimizer = Optimizer(groups, ops.adamw, config.adam, world, layers, holders, cut_moments)
-        self._region = Region.of_mode(meshes.tensor, config.parallel.tensor.mode)
+        self._region = Region.of_mode(meshes.tensor, config.parallel.mode)
         self._pipeline = None
         if layout.pipeline > 1:
             # Imported where needed: it takes about as long as the rest of torch.

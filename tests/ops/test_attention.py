@@ -7,12 +7,18 @@ import pytest
 import torch
 from agreement import workload
 
+from portmoe.backends.cpu.attention import ALL as OF_THE_CPU
 from portmoe.backends.torch import ops as torch_ops
 from portmoe.config import Config
 from portmoe.families.internlm_moe.section import ModelConfig
 from portmoe.ops import OPERATIONS, Implementation, Segments, attention, choose
 
-FUNCTIONS = {"reference": attention, "sdpa": torch_ops.ATTENTION_SDPA.function}
+FLASH = OF_THE_CPU[0]
+FUNCTIONS = {
+    "reference": attention,
+    "sdpa": torch_ops.ATTENTION_SDPA.function,
+    "flash": FLASH.function,
+}
 OFFSETS = [(0, 1), (0, 12), (0, 4, 8, 12), (0, 1, 2, 3), (0, 1, 4, 11, 12), (0, 5, 10, 13), (0, 2, 9, 11, 18)]
 
 
@@ -80,21 +86,29 @@ def test_grouped_heads_and_values_of_another_width(function, offsets, widths, he
             torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
-def test_the_logarithm_of_the_sum_and_its_gradients():
-    leaves, offsets = inputs(12, torch.float32), (0, 1, 4, 11, 12)
-    out, log_sum_TN = attention(*leaves, Segments(offsets), 0.3, log_sum=True)
-    assert (log_sum_TN.dtype, log_sum_TN.shape) == (torch.float32, (12, 2))
+@pytest.mark.parametrize("function", [attention, FLASH.function], ids=["reference", "flash"])
+@pytest.mark.parametrize("offsets", [(0, 12), (0, 4, 8, 12), (0, 1, 4, 11, 12)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 2, 8), (6, 2, 5), (4, 1, 11)], ids=str)
+def test_the_logarithm_of_the_sum_and_its_gradients(function, offsets, sizes):
+    (heads, groups, width), generator = sizes, torch.Generator().manual_seed(0)
+    shapes = (heads, 8), (groups, 8), (groups, width)
+    leaves = [torch.randn(12, *shape, generator=generator).requires_grad_() for shape in shapes]
+    out, log_sum_TN = function(*leaves, Segments(offsets), 0.3, log_sum=True)
+    assert (log_sum_TN.dtype, log_sum_TN.shape) == (torch.float32, (12, heads))
     doubles = [t.detach().double().requires_grad_() for t in leaves]
     theirs = both_query_by_query(*doubles, offsets, 0.3)
     for value, expected in zip((out, log_sum_TN), theirs, strict=True):
         torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
-    ours = torch.autograd.grad(out.sum() + log_sum_TN.sum(), leaves[:2])
-    for a, b in zip(ours, torch.autograd.grad(theirs[0].sum() + theirs[1].sum(), doubles[:2]), strict=True):
+    weights = [torch.randn(t.shape, generator=generator) for t in (out, log_sum_TN)]
+    ours = torch.autograd.grad((out, log_sum_TN), leaves, weights)
+    for a, b in zip(ours, torch.autograd.grad(theirs, doubles, [t.double() for t in weights]), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
 def test_what_an_implementation_does_not_take_is_computed_by_the_reference():
     operations = {"attention": OPERATIONS["attention"]}
+    with_log_sum = choose(operations, [torch_ops.ATTENTION_SDPA, FLASH], workload(log_sum=True), Config())
+    assert with_log_sum.record()["attention"]["chosen"] == "flash"
     offered = [torch_ops.ATTENTION_SDPA, Implementation("attention", "of_today", print)]
     for changes, chosen, lacking in (
         ({"heads": 4, "kv_heads": 2}, "sdpa", "it does not take fewer heads of k and v than of q"),

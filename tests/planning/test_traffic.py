@@ -62,6 +62,11 @@ LAYOUTS = {
     "isp2 dp2, weights over 2": (4, [TP2, ISP, WEIGHT2, REPLICAS, NO_EP, *MIXED]),
     "isp2 dp2, moments cut further": (4, [TP2, ISP, WEIGHT2, NO_EP, *MIXED]),
     "isp2 pp2, weights over 2": (4, [TP2, ISP, WEIGHT2, AHEAD, POOL, PP2, *LAYERS4]),
+    "heads over 2, ring of 2": (4, ["parallel.sequence.size=4", "model.num_attention_heads=2", *MIXED]),
+    "ring of 2, dp2 bfloat16": (
+        4,
+        ["parallel.sequence.size=2", "model.num_attention_heads=1", BF16, NO_EP],
+    ),
     "pp2 dp2, 3 micro-batches": (4, [PP2, "data.global_batch_size=6"]),
 }
 
@@ -93,7 +98,7 @@ SLOW = {
     *("mtp2 pp2 dp2, subsets", "msp2 pp2 ep2 interleaved", "ep4 of dp8 fsdp"),  # 8 ranks
     # what others have between them
     *("pp4", "dp2 pp2, experts not spread", "pp2 dp2, 3 micro-batches", "mtp2 ep2 fsdp"),
-    *("isp2 bfloat16", "isp2 dp2, moments cut further"),
+    *("ring of 2, dp2 bfloat16", "isp2 bfloat16", "isp2 dp2, moments cut further"),
 }
 
 

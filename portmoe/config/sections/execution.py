@@ -22,6 +22,12 @@ class TensorConfig(Section):
     mode: Literal["mtp", "msp", "fsp", "isp"] = "mtp"
 
 
+class SequenceConfig(Section):
+    """Ranks that split the tokens of a micro-batch: over heads as far as they go, beyond in a ring."""
+
+    size: Size = 1
+
+
 class PipelineConfig(Section):
     """Ranks that each hold some of the layers."""
 
@@ -48,9 +54,22 @@ class ParallelConfig(Section):
 
     zero1: Zero1Config = Zero1Config()
     tensor: TensorConfig = TensorConfig()
+    sequence: SequenceConfig = SequenceConfig()
     pipeline: PipelineConfig = PipelineConfig()
     weight: WeightConfig = WeightConfig()
     expert: ExpertConfig = ExpertConfig()
+
+    @property
+    def mode(self) -> str:
+        """How the ranks that have the same micro-batch share it; splitting its tokens is ``isp``."""
+        return "isp" if self.sequence.size > 1 else self.tensor.mode
+
+    @property
+    def shared_by(self) -> tuple[str, int]:
+        """The ranks that have the same micro-batch and layers: the key, and how many."""
+        if self.sequence.size > 1:
+            return "parallel.sequence.size", self.sequence.size
+        return "parallel.tensor.size", self.tensor.size
 
     @property
     def gathers_by_block(self) -> bool:
@@ -59,10 +78,19 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _weight_needs_isp(self) -> "ParallelConfig":
-        if self.weight.size > 1 and self.tensor.mode != "isp":
+        if self.weight.size > 1 and self.mode != "isp":
             raise ValueError(
                 f"parallel.weight.size={self.weight.size} acts only with parallel.tensor.mode='isp', and "
                 f"parallel.tensor.mode={self.tensor.mode!r}; change one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_or_layers(self) -> "ParallelConfig":
+        if self.sequence.size > 1 and self.tensor.size > 1:
+            raise ValueError(
+                f"parallel.tensor.size={self.tensor.size} and parallel.sequence.size={self.sequence.size}: "
+                "ranks share layers or split the tokens of a micro-batch, not both; set one of the two to 1"
             )
         return self
 
