@@ -39,9 +39,9 @@ def recompute(
     """
     with open_session(config, config_name="replay", backend=backend, launcher=launcher) as session:
         trainer = Trainer(session)
-        for start, step in recorded.starts.items():
+        for number, (start, step) in enumerate(recorded.starts.items(), 1):
             if not session.machine.ranks.rank:
-                told(f"step {step}, from the checkpoint of step {start}")
+                told(f"[{number}/{len(recorded.starts)}] step {step}, from the checkpoint of {start} steps")
             _take(session, recorded.checkpoints, start)
             session.engine.follow(recorded.configs[step])
             session.progress.step = step
