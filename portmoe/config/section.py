@@ -41,6 +41,7 @@ class ModelSection(Section):
     from_pretrained: Annotated[Path | None, SAME_RUN] = None
     # share of the layers whose activations are recomputed
     checkpoint: Annotated[bool | Fraction, SAME_RUN] = False
+    checkpoint_offload: Annotated[bool, SAME_RUN] = False  # what these keep waits in host memory
     num_chunks: Annotated[Layers, SAME_RUN] = 1  # pipeline stages per rank
     dtype: Literal["float32", "tf32", "bfloat16", "float16"] = "bfloat16"
     use_flash_attn: Annotated[bool, Key(same_run=True, asks_for=("attention",))] = True

@@ -110,6 +110,11 @@ def _of_a_softmax(gate: "Gate") -> Iterator[Rule]:
 def _of_the_rest(config: "Tree") -> Iterator[Rule]:
     data, ckpt = config.data, config.ckpt
     yield (
+        not config.recomputed_layers,
+        f"no layer is recomputed: model.checkpoint={config.model.checkpoint}".lower(),
+        ("model.checkpoint_offload",),
+    )
+    yield (
         config.trainer.engine != "deepspeed",
         f"it acts with trainer.engine='deepspeed', and trainer.engine={config.trainer.engine!r}",
         (

@@ -125,8 +125,7 @@ def activation_bytes(
     """
     model = config.architecture
     modules, recomputed = outline(model), config.recomputed_layers
-    inputs = share.own * model.hidden * share.item
-    kept = 0
+    inputs, kept = _input_bytes(config, share), 0
     for place in range(len(model.layers)) if layers is None else layers:
         kept += inputs if place < recomputed else modules.blocks[model.layers[place]].kept_bytes(share)
     if head:
@@ -142,3 +141,18 @@ def recomputed_bytes(config: Config, share: Share, layers: Iterable[int] | None 
     places = range(len(model.layers)) if layers is None else layers
     kinds = {model.layers[place] for place in places if place < config.recomputed_layers}
     return max((blocks[kind].kept_bytes(at_work) for kind in kinds), default=0)
+
+
+def offloaded_bytes(config: Config, share: Share, layers: Iterable[int] | None = None) -> int:
+    """Bytes among ``activation_bytes`` that ``model.checkpoint_offload`` moves to the host.
+
+    These are the inputs of the recomputed ones among ``layers`` (None: of all).
+    """
+    places = range(len(config.architecture.layers)) if layers is None else layers
+    recomputed = sum(place < config.recomputed_layers for place in places)
+    return recomputed * config.model.checkpoint_offload * _input_bytes(config, share)
+
+
+def _input_bytes(config: Config, share: Share) -> int:
+    """Of a block, or of the head."""
+    return share.own * config.architecture.hidden * share.item

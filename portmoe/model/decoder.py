@@ -1,12 +1,12 @@
 """The decoder: embedding, pre-norm blocks, final norm, head and loss."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from portmoe.config import Config
 from portmoe.families import architecture as arch
@@ -20,6 +20,7 @@ from portmoe.model.moe import MoE
 from portmoe.model.noise import micro_batch_seed
 from portmoe.model.norm import RMSNorm
 from portmoe.model.precision import compute_dtype
+from portmoe.model.recompute import recomputed
 from portmoe.model.reference_table import reference_table
 from portmoe.model.rotary import rotary_tables
 from portmoe.model.share import Calls, Costs, Share
@@ -58,6 +59,7 @@ class Block(nn.Module):
         place: the layer's number in the decoder.
         recompute: keep only the input and compute the rest again in the backward pass. No generator state is
             saved for that: all noise is a function of the noise seed.
+        offload: the input waits for that in host memory.
         where: the call sites of its operations; layers of one kind share them.
     """
 
@@ -69,6 +71,7 @@ class Block(nn.Module):
         ops: OpTable,
         recompute: bool = False,
         where: str = "",
+        offload: bool = False,
     ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(model.hidden, model.norm_epsilon, model.exact_norms, ops, where)
@@ -82,7 +85,7 @@ class Block(nn.Module):
             self.feed_forward = FeedForward(model.hidden, layer.network.width, ops, where)
         self.counted_experts, self.terms = model.experts, balance.width(model)
         self.hidden = model.hidden
-        self.recompute = recompute
+        self.recompute, self.offload = recompute, offload
 
     @property
     def network(self) -> "MoE | FeedForward":
@@ -98,10 +101,12 @@ class Block(nn.Module):
         noise_seed: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(x_TH, terms_W, assigned_E, kept_E), as in ``StageOutput``; the last three are 0 if dense."""
-        arguments = (x_TH, cos_TR, sin_TR, segments, noise_seed)
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._compute, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return self._compute(*arguments)
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._compute(x_TH, cos_TR, sin_TR, segments, noise_seed)
+        compute = partial(
+            self._compute, cos_TR=cos_TR, sin_TR=sin_TR, segments=segments, noise_seed=noise_seed
+        )
+        return recomputed(compute, x_TH, self.offload)
 
     def _compute(
         self,
@@ -165,7 +170,7 @@ class Decoder(nn.Module):
         head: bool = True,
     ) -> None:
         super().__init__()
-        model, recomputed = config.architecture, config.recomputed_layers
+        model, again = config.architecture, config.recomputed_layers
         ops = ops or reference_table()
         places = sorted(range(len(model.layers)) if layers is None else layers)
         device = torch.get_default_device()
@@ -174,7 +179,8 @@ class Decoder(nn.Module):
             self.layers = nn.ModuleDict()
             for place in places:
                 layer = model.layers[place]
-                block = Block(model, layer, place, ops, place < recomputed, model.kind_name(layer))
+                where, offload = model.kind_name(layer), config.model.checkpoint_offload
+                block = Block(model, layer, place, ops, place < again, where, offload)
                 self.layers[str(place)] = block
             self.norm = RMSNorm(model.hidden, model.norm_epsilon, model.exact_norms, ops) if head else None
             self.head = Head(model.vocabulary, model.hidden, ops) if head else None

@@ -9,7 +9,7 @@ from portmoe.accelerator import Accelerator, get_accelerator
 from portmoe.config import Config
 from portmoe.config.read import default_model, no_effect_notes
 from portmoe.costs.flops import benchmark_flops_per_token, model_flops_per_token
-from portmoe.costs.memory import activation_bytes, recomputed_bytes
+from portmoe.costs.memory import activation_bytes, offloaded_bytes, recomputed_bytes
 from portmoe.costs.parameters import count_parameters
 from portmoe.data import summary
 from portmoe.data.packs import open_packs
@@ -18,7 +18,7 @@ from portmoe.ops import OPERATIONS, choose
 from portmoe.parallel.layout import Layout, most_ranks
 from portmoe.parallel.stages import describe, in_flight, stages_of
 from portmoe.parallel.workload import call_sites, share_of
-from portmoe.planning.memory_check import state_of_rank, weights_dtype
+from portmoe.planning.memory_check import offload_note, state_of_rank, weights_dtype
 from portmoe.record.acceptance import out_of_reach
 
 
@@ -32,7 +32,8 @@ def dry_run(config: Config, config_name: str, backend: str, world_size: int) -> 
     layout = Layout.plan(config, world_size)
     accelerator = get_accelerator(backend)
     config, data = _data(config, layout)
-    said = (*default_model(config), *filter(None, [out_of_reach(config)]), *no_effect_notes(config))
+    said = [*default_model(config), *filter(None, [out_of_reach(config)]), *no_effect_notes(config)]
+    said += offload_note(config, accelerator)
     notes = [f"note: {note}" for note in said]
     operations = list(_operations(config, layout, accelerator, notes))
     rows = [
@@ -41,7 +42,7 @@ def dry_run(config: Config, config_name: str, backend: str, world_size: int) -> 
         *_sizes(config, layout),
         *data,
         *_pipeline(config, layout),
-        *_memory(config, layout),
+        *_memory(config, layout, accelerator),
         *_communication(config, layout),
         *_flops(config),
         *operations,
@@ -78,9 +79,10 @@ def _data(config: Config, layout: Layout) -> tuple[Config, list[tuple[str, str]]
     return config.model_copy(update={"data": data}), [("data", str(found))]
 
 
-def _memory(config: Config, layout: Layout) -> Iterator[tuple[str, str]]:
+def _memory(config: Config, layout: Layout, accelerator: Accelerator) -> Iterator[tuple[str, str]]:
     state = state_of_rank(config, layout)
-    activations = _activations(config, layout)
+    moves = not accelerator.device.shared
+    activations, offloaded = _activations(config, layout, moves)
     share = f"1/{layout.zero1} of the" if layout.zero1 > 1 else "all"
     each = layout.expert * layout.expert_shards
     if layout.expert > 1 and each != layout.zero1:
@@ -97,20 +99,30 @@ def _memory(config: Config, layout: Layout) -> Iterator[tuple[str, str]]:
     tokens = layout.tokens_per_micro_batch
     held = "one micro-batch" if layout.pipeline == 1 else "the micro-batches under way, each"
     yield "", f"activations {_size(activations)} (estimate for {held} of {tokens} tokens)"
+    if offloaded:
+        yield (
+            "",
+            f"beside these {_size(offloaded)} in host memory (inputs of layers, model.checkpoint_offload)",
+        )
     yield "", f"together {_size(state.total + activations)}, without communication buffers and workspaces"
 
 
-def _activations(config: Config, layout: Layout) -> int:
-    """Bytes of the fullest rank: what its layers keep for every micro-batch under way, the rest for one."""
+def _activations(config: Config, layout: Layout, moves: bool) -> tuple[int, int]:
+    """Bytes of the fullest rank: what its layers keep for every micro-batch under way, the rest for one.
+
+    With them what waits in host memory, if the device ``moves`` anything there.
+    """
     chunks, share = config.model.num_chunks, share_of(config, layout, torch.device("meta"))
     head = activation_bytes(config, share, layers=())
     held = []
     for rank in range(layout.pipeline):
         stages = stages_of(config, rank)
         places = [place for stage in stages for place in stage.layers]
-        layers = activation_bytes(config, share, places, head=False)
+        moved = offloaded_bytes(config, share, places) if moves else 0
+        layers = activation_bytes(config, share, places, head=False) - moved
+        under_way = in_flight(layout, chunks, rank) / chunks
         once = recomputed_bytes(config, share, places) + head * stages[-1].head
-        held.append(round(layers * in_flight(layout, chunks, rank) / chunks) + once)
+        held.append((round(layers * under_way) + once, round(moved * under_way)))
     return max(held)
 
 

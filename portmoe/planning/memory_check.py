@@ -37,6 +37,16 @@ def _under_deepspeed(config: Config, layout: Layout) -> StateBytes:
     )
 
 
+def offload_note(config: Config, accelerator: Accelerator) -> list[str]:
+    """What is to be said of ``model.checkpoint_offload`` on a device whose memory is the host's."""
+    if not (config.model.checkpoint_offload and config.recomputed_layers and accelerator.device.shared):
+        return []
+    return [
+        f"model.checkpoint_offload=true saves nothing on {accelerator.name}, whose memory is the host's: the "
+        "inputs of recomputed layers stay where they are"
+    ]
+
+
 def weights_dtype(config: Config) -> str:
     """Name the type of the weights a rank computes with, as it keeps them."""
     return "float32" if config.trainer.engine == "deepspeed" else config.model.dtype

@@ -25,7 +25,7 @@ from portmoe.ops import OpTable
 from portmoe.parallel.layout import Layout
 from portmoe.parallel.mesh import build_meshes
 from portmoe.parallel.stages import describe
-from portmoe.planning.memory_check import require_memory
+from portmoe.planning.memory_check import offload_note, require_memory
 from portmoe.profiling.spans import marked_operations
 from portmoe.record import provenance
 from portmoe.record.run_directory import ENVIRONMENT, OPERATIONS, Data, RunDirectory
@@ -135,7 +135,7 @@ def _opened(
     if not run.resuming:
         require_folder(config, ranks.rank, _broadcast)
     interrupt = stack.enter_context(Interrupt())
-    notes = [*default_model(config), *no_effect_notes(config)]
+    notes = [*default_model(config), *no_effect_notes(config), *offload_note(config, accelerator)]
     if run.warning:
         notes.append(f"WARNING: {run.warning}")
     if layout.pipeline > 1:

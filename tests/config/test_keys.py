@@ -30,6 +30,7 @@ SAME_RUN = [
     "lr_scheduler.total_steps",
     "model.from_pretrained",  # a folder: what it holds is the architecture's keys and the weights
     "model.checkpoint",
+    "model.checkpoint_offload",
     "model.num_chunks",
     "model.use_flash_attn",
     "moe.enable_token_rearrange_opt",

@@ -8,7 +8,7 @@ import torch
 from portmoe.config import Config
 from portmoe.config.sections.run import RunConfig
 from portmoe.data.batch import Batch
-from portmoe.model import Decoder, MoELayer
+from portmoe.model import Decoder, MoELayer, recompute
 from portmoe.model.noise import layer_generator, micro_batch_seed
 from portmoe.ops import Segments
 
@@ -94,6 +94,29 @@ def test_recomputed_layers_keep_only_their_input():
     layer = (none - all_layers) / 3
     for count, kept in ((1, one), (2, two)):
         assert kept == pytest.approx(none - count * layer, rel=0.02)
+
+
+def test_offloaded_inputs_give_the_same_bits(monkeypatch):
+    """On a device whose memory is the host's nothing moves, so this one is taken for another."""
+    moved, to_host = [], recompute._to_host
+    batch, shape = make_batch(), (24, 16)
+
+    def watched(x):
+        moved.append(x)
+        device, kept = to_host(x)
+        assert kept.data_ptr() != x.data_ptr()
+        return device, kept
+
+    monkeypatch.setattr(recompute, "_to_host", watched)
+    plain, plain_gradients = run(make_config({}, checkpoint=0.67, checkpoint_offload=True), batch)
+    assert not moved
+    monkeypatch.setattr(recompute, "on_host", lambda x: False)
+    again, again_gradients = run(make_config({}, checkpoint=0.67, checkpoint_offload=True), batch)
+    assert [tuple(x.shape) for x in moved] == [shape] * 2  # the inputs of two of three layers, and no more
+    for one, two in zip(
+        (*plain, *plain_gradients.values()), (*again, *again_gradients.values()), strict=True
+    ):
+        assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("policy", [name for name in NOISY if name != "none"])

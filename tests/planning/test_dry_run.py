@@ -13,6 +13,7 @@ from portmoe.cli import main as command
 from portmoe.costs.memory import activation_bytes
 from portmoe.parallel.layout import Layout
 from portmoe.parallel.workload import share_of
+from portmoe.planning.dry_run import _activations
 
 MEASURED = """
 import resource, sys
@@ -137,6 +138,19 @@ def test_a_recomputed_layer_is_there_once_however_many_micro_batches_are_under_w
     head = activation_bytes(config, share, layers=()) / 2**30
     layer = activations() - 1 - head
     assert activations("parallel.pipeline.size=4") == pytest.approx(1 + layer, abs=0.02)
+
+
+def test_inputs_in_host_memory(capsys):
+    keys = ("--set", "model.checkpoint=0.5", "--set", "model.checkpoint_offload=true")
+    text = shown(capsys, "--config", "7b_moe4", *keys)
+    assert "saves nothing on cpu, whose memory is the host's" in text
+    assert "in host memory" not in text
+    assert "no layer is recomputed" in shown(capsys, "--config", "7b_moe4", *keys[2:])
+    # by hand, for a device of its own: 16 inputs of 2 · 2048 tokens · 4096 · 2 bytes
+    config = portmoe.load_config("7b_moe4", keys[1::2])
+    layout = Layout.plan(config, 1)
+    (kept, _), (left, moved) = (_activations(config, layout, moves) for moves in (False, True))
+    assert moved == kept - left == 16 * 2 * 2048 * 4096 * 2
 
 
 def test_the_chosen_operations_and_why_not_the_preferred_one(capsys):
