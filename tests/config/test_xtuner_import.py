@@ -9,8 +9,10 @@ import portmoe
 from portmoe.cli import main as command
 from portmoe.config.importers import import_config
 from portmoe.config.keys import walk
+from portmoe.config.section import ModelSection
 from portmoe.costs.parameters import count_parameters
 from portmoe.errors import ConfigError
+from portmoe.parallel.layout import Layout
 
 FOLDER = Path(__file__).parent / "xtuner"
 DEEPSEEK, MIXTRAL = FOLDER / "deepseek_v2_full.py", FOLDER / "mixtral_full.py"
@@ -60,6 +62,14 @@ def test_deepseek_v2():
     assert not imported.model_may_differ
     assert any("--deepspeed deepspeed_zero3" in note for note in imported.notes)
     assert any("model.from_pretrained" in note for note in imported.notes)
+
+
+def test_a_split_sequence(edited):
+    """Their files multiply the accumulation by it: so many fewer ranks see different samples."""
+    assert import_config(DEEPSEEK).config.parallel.sequence.size == 1
+    config = import_config(edited(DEEPSEEK, "parallel_size = 1", "parallel_size = 4")).config
+    assert (config.parallel.sequence.size, config.data.micro_num) == (4, 4)
+    assert Layout.plan(config, 128).tokens_per_step == 128 * 2048  # as many as there without
 
 
 def test_mixtral():
@@ -114,8 +124,8 @@ def test_a_folder_gives_the_model_by_itself(edited, tmp_path):
     folder = tmp_path / "weights"
     folder.mkdir()
     sizes = portmoe.load_config("tiny_mixtral").model.model_dump()
-    ours = ("from_pretrained", "checkpoint", "num_chunks", "dtype", "use_flash_attn")
-    sizes = {"model_type": "mixtral"} | {key: value for key, value in sizes.items() if key not in ours}
+    sizes = {key: value for key, value in sizes.items() if key not in ModelSection.model_fields}
+    sizes |= {"model_type": "mixtral"}
     (folder / "config.json").write_text(json.dumps(sizes))
     imported = import_config(edited(MIXTRAL, "mistralai/Mixtral-8x7B-v0.1", str(folder)))
     assert imported.tree["model"]["from_pretrained"] == str(folder)

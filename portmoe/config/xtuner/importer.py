@@ -34,6 +34,7 @@ from portmoe.errors import ConfigError
 SECTIONS = (
     *("model", "tokenizer", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg", "strategy"),
     *("custom_hooks", "default_hooks", "env_cfg", "randomness", "visualizer", "log_level", "log_processor"),
+    "sequence_parallel_size",
     *("load_from", "resume", "work_dir", "launcher", "val_dataloader", "val_cfg", "val_evaluator"),
 )
 TRAINED = "SupervisedFinetune"

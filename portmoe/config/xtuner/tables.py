@@ -34,6 +34,7 @@ KEYS = {
     "train_dataloader.dataset.dataset_map_fn": "data.format",
     "train_dataloader.dataset.template_map_fn.template": "data.chat_template",
     "optim_wrapper.accumulative_counts": "data.micro_num",
+    "sequence_parallel_size": "parallel.sequence.size",  # by which their files multiply the accumulation
     "optim_wrapper.dtype": "model.dtype",
     "optim_wrapper.clip_grad.max_norm": "hybrid_zero_optimizer.clip_grad_norm",
     "optim_wrapper.optimizer.lr": "adam.lr",

@@ -2,6 +2,7 @@
 
 import torch
 
+from portmoe.accelerator import get_accelerator
 from portmoe.config import Config
 from portmoe.data.batch import Batch
 from portmoe.model import Decoder
@@ -15,14 +16,14 @@ def passes(offload):
     sizes = {"dtype": "float32", "hidden_size": HIDDEN, "num_attention_heads": 2, "num_layers": LAYERS}
     sizes |= {"vocab_size": 64, "multiple_of": 8, "checkpoint": True, "checkpoint_offload": offload}
     config = Config.model_validate({"model": sizes, "data": {"seq_len": TOKENS}})
-    model = Decoder(config).to(NPU)
+    model, memory = Decoder(config).to(NPU), get_accelerator("npu").memory
     tokens_T = torch.randint(1, 64, (TOKENS,), generator=torch.Generator().manual_seed(5))
     labels_T, positions_T = tokens_T.roll(-1), torch.arange(TOKENS)
     tensors = (tokens_T, labels_T, positions_T, torch.zeros_like(tokens_T))
     batch = Batch(*tensors, segments=Segments((0, TOKENS)), index=0).to(NPU)
-    before = torch.accelerator.memory_allocated(NPU)
+    before = memory.allocated()
     output = model(batch.tokens_T, batch)
-    left = torch.accelerator.memory_allocated(NPU) - before
+    left = memory.allocated() - before
     (output.loss_T.mean() + output.aux_loss).backward()
     return [output.loss_T.detach().cpu(), *(p.grad.cpu() for p in model.parameters())], left
 
