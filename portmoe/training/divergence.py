@@ -9,8 +9,8 @@ class Divergence:
     """Counts bad steps in a row; the same on every rank, as the figures it is given are.
 
     A step is bad if its gradients were not finite, so that it was skipped, or if its loss is no number, as
-    where no token of the global batch has a label. In float16 a step counts from the smallest loss scale on:
-    above it, skipping is how the scale is found.
+    where no token of the global batch has a label. In float16 a step skipped with a loss counts from the
+    smallest loss scale on: above it, skipping is how the scale is found.
     """
 
     def __init__(self, config: Config) -> None:
@@ -38,7 +38,7 @@ class Divergence:
             scale: the loss scale used in the step.
         """
         self._loss_lost = not math.isfinite(loss)
-        if not (skipped or self._loss_lost) or scale > self._smallest:
+        if not self._loss_lost and (not skipped or scale > self._smallest):
             self._row = []
             return
         if not self._row:

@@ -45,10 +45,12 @@ def test_bad_steps_in_a_row(steps, ended_after, first):
         assert not divergence.sound
 
 
-def test_in_float16_steps_count_from_the_smallest_scale():
+def test_in_float16_skipped_steps_count_from_the_smallest_scale():
     assert watched([SKIPPED] * 9, "float16", 2.0)[0].verdict() is None
     assert watched([SKIPPED] * 9, "float16", 2.0)[0].sound
-    assert not watched([NAN], "float16", 2.0)[0].sound  # nothing to keep, and nothing to end for yet
+    lost, done = watched([GOOD, *[NAN] * 9], "float16", 2.0)  # no scale makes a loss that is no number
+    assert (done, lost.sound) == (6, False)
+    assert "from step 1 on 5 steps in a row made no progress: the loss is nan" in lost.verdict()
     assert watched([SKIPPED] * 9, "float16", 1.0)[1] == 5
 
 
