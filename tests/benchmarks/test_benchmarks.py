@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from portmoe.backends.cpu.compiler import kernels
 
@@ -60,6 +61,62 @@ def test_train_step(run):
     rows, _ = run("train_step", *sizes)
     assert rows[0]["case"] == "portmoe"
     assert rows[0]["tokens/s"] > 0
+
+
+@pytest.fixture
+def finetune(monkeypatch, tmp_path):
+    """(its contestants, what makes a task of 40 tokens), in a process group of one rank."""
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    finetune, contestants = map(importlib.import_module, ("finetune", "contestants"))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    def task(shape, varlen):
+        overrides, folder = finetune.SHAPES["tiny"][shape], tmp_path / shape
+        if not folder.exists():
+            contestants.write_folder(shape, overrides, folder)
+        pack = finetune.samples(40, 1024, 8)
+        return contestants.Task(shape, overrides, folder, pack, varlen, "float32", "cpu", 1, False, 0)
+
+    yield contestants, task
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("shape", ["tiny_deepseek_v2", "tiny_mixtral"])
+def test_both_fine_tune_the_same_model(finetune, shape):
+    contestants, task = finetune
+    cpu, losses = torch.device("cpu"), {}
+    for varlen, one_by_one in ((True, False), (True, True), (False, False)):
+        asked, ours = task(shape, varlen), contestants.Way("ours", ours=True)
+        theirs = contestants.Way("theirs", ours=False, one_by_one=one_by_one)
+        sides = contestants.Ours(asked, ours, cpu), contestants.Theirs(asked, theirs, cpu)
+        mine, other = ([side.step() for _ in range(3)] for side in sides)
+        # AdamW's first steps are of the rate's size whatever the gradient's: 1e-5 a step.
+        assert mine == pytest.approx(other, rel=2e-6)
+        assert mine[2] < mine[0]
+        losses[varlen] = mine[0]
+    assert abs(losses[True] - losses[False]) > 1e-4, "attention crossed samples in both, or in neither"
+
+
+def test_finetune(run):
+    settings = ("--only-ours", "--tokens", 64, "--varlen", "yes", "--rounds", 1, "--sequence-parallel", 1)
+    rows, _ = run("finetune", *settings, "--models", "tiny_mixtral")
+    assert [(row["shape"], row["tokens"], row["varlen"]) for row in rows] == [("tiny_mixtral", 64, "yes")]
+    assert 1 < rows[0]["ours tokens/s a rank"] < 1e6
+    assert rows[0]["ours peak MiB a rank"] < 500
+
+
+def test_finetune_says_what_it_cannot(monkeypatch):
+    """Memory that was not there, and a process that ended, are words in their row."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    finetune, contestants = map(importlib.import_module, ("finetune", "contestants"))
+    row = finetune.Row("tiny_mixtral", (), 64, True, 1)
+    for failure in (contestants.OUT_OF_MEMORY, "the process has ended"):
+        steps = [contestants.Step(seconds=1.0), contestants.Step(failure=failure)]
+        assert finetune._figures("ours", steps, row) == {"ours tokens/s a rank": failure}
+    allocator = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to …")
+    assert contestants._said(allocator) == contestants.OUT_OF_MEMORY
+    assert contestants._said(ValueError("x\ny")) == "ValueError: x"
 
 
 def test_collectives(run):
