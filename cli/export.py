@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -9,14 +10,25 @@ from portmoe.cli.first_line import announce
 from portmoe.cli.options import run_argument
 
 
+class StepOrBest(click.IntRange):
+    """A number of steps, or the word "best"."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0)
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        """Take the word as it is."""
+        return value if value == "best" else super().convert(value, parameter, context)
+
+
 @click.command()
 @run_argument()
 @click.option(
     "--step",
-    type=click.IntRange(0),
+    type=StepOrBest(),
     default=None,
-    metavar="N",
-    help="Of the checkpoint.  [default: the newest]",
+    metavar="N|best",
+    help="Of the checkpoint; best: that of the lowest validation loss.  [default: the newest]",
 )
 @click.option(
     "--out",
@@ -31,7 +43,7 @@ from portmoe.cli.options import run_argument
     default=None,
     help="Of all tensors.  [default: ckpt.export_dtype, else that of each where it came from]",
 )
-def export(run: Path, step: int | None, out: Path, dtype: str | None) -> None:
+def export(run: Path, step: int | str | None, out: Path, dtype: str | None) -> None:
     """Write the weights of a run's checkpoint as a folder of the hub: safetensors, config.json, tokenizer.
 
     One process reads and writes a few MiB at a time, whatever ranks the checkpoint is from.

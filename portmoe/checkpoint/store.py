@@ -52,6 +52,7 @@ class Checkpointer:
         always: steps whose checkpoints stay whatever ``keep`` is.
 
     Attributes:
+        best: the step of another one that stays.
         on_whole: called on rank 0 with the step of each checkpoint that was written, and with the file that
             holds the checksums of its others; from any thread.
     """
@@ -66,6 +67,7 @@ class Checkpointer:
     ) -> None:
         self.folder = folder
         self.keep = keep
+        self.best: int | None = None
         self._always = frozenset(always)
         self.on_whole: Callable[[int, Path], None] = lambda step, state_file: None
         self.asynchronous = asynchronous
@@ -75,15 +77,20 @@ class Checkpointer:
         self._unconfirmed: int | None = None  # the step saved last
         self._problems: list[str] = []
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], best: bool = False
+    ) -> None:
         """Save ``tensors`` (by name, plain or DTensor) and ``state`` (JSON; rank 0's is kept).
 
         Asynchronously, it returns once the tensors are copied. A save still in flight is waited for first.
+        Once the ``best`` is whole, the former one is as old as it is.
 
         Raises:
             TrainingError: this save, or the one in flight, failed. Older checkpoints are untouched.
         """
         self.wait()
+        if best:
+            self.best = step
         strangers = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
         if strangers:
             raise TypeError(f"a checkpoint holds tensors only; put these into the state: {strangers}")
@@ -120,7 +127,7 @@ class Checkpointer:
             return
         self._unconfirmed = None
         if self.keep == 1 and dist.get_rank(self._group) == 0:
-            remove(beyond(self.folder, step, self.keep, self._always), self._problems.append)
+            remove(beyond(self.folder, step, self.keep, self._stay()), self._problems.append)
 
     def problems(self) -> list[str]:
         """What went wrong since the last call without harm to any checkpoint: known on rank 0."""
@@ -172,8 +179,11 @@ class Checkpointer:
 
     def _became_whole(self, step: int, replaced: Path | None) -> None:
         self.on_whole(step, folder_of(self.folder, step) / STATE_FILE)
-        older = beyond(self.folder, step, max(self.keep, 2), self._always)
+        older = beyond(self.folder, step, max(self.keep, 2), self._stay())
         remove([replaced, *older] if replaced else older, self._problems.append)
+
+    def _stay(self) -> frozenset[int | None]:
+        return self._always | {self.best}
 
     def _tidied_latest(self) -> int | None:
         tidy(self.folder, self._problems.append)
@@ -222,6 +232,17 @@ def read(
     except (Exception, dcp.CheckpointException) as error:
         raise TrainingError(f"checkpoint {checkpoint} cannot be read: {_cause(error)}") from error
     return record["state"]
+
+
+def best_step(folder: Path) -> int | None:
+    """The step whose checkpoint has the lowest validation loss, as the newest one there says.
+
+    Raises:
+        TrainingError: that one's record is damaged.
+    """
+    steps = complete_steps(folder)
+    progress = read_record(folder_of(folder, steps[-1]))["state"].get("progress", {}) if steps else {}
+    return progress.get("best_step")
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:

@@ -40,6 +40,13 @@ def _of_the_model(config: "Tree", model: "Architecture") -> Iterator[str]:
             f"model.from_pretrained={config.model.from_pretrained!r} and ckpt.load_ckpt_info.path="
             f"{source.path!r} both give the weights; leave one of the two out"
         )
+    ckpt, every = config.ckpt, config.data.valid_every
+    if ckpt.keep_best and not (ckpt.enable_save_ckpt and every):
+        yield (
+            "ckpt.keep_best=true is about checkpoints and validations, and ckpt.enable_save_ckpt="
+            f"{str(ckpt.enable_save_ckpt).lower()} with data.valid_every={every}; set both, or "
+            "ckpt.keep_best to false"
+        )
     if config.adam.lr < config.lr_scheduler.eta_min:
         yield (
             f"lr_scheduler.eta_min={config.lr_scheduler.eta_min:g} must be at most "

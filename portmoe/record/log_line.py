@@ -26,7 +26,8 @@ class StepTotals:
     assignments per expert over all layers, before and after drops.
     ``segments`` is the first data-parallel rank's number, as the benchmark logs it; ``largest_length`` is
     the longest segment in tokens, ``largest_batch`` and ``smallest_batch`` the most and fewest segments of a
-    micro-batch. ``data_crc32`` is the sum of the micro-batches' checksums.
+    micro-batch. ``data_crc32`` is the sum of the micro-batches' checksums, ``padding`` counts tokens that are
+    of no sample.
     """
 
     loss: float
@@ -43,6 +44,7 @@ class StepTotals:
     smallest_batch: int
     stop_signal: int
     data_crc32: int = 0
+    padding: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class StepResult:
         skipped_steps: steps skipped for inf or nan gradients since the run began.
         micro_num: micro-batches per rank.
         consumed_tokens: of the run so far, this step included, with and without a label.
+        step_tokens: those of this step.
         step_seconds: the whole step; forward_backward_seconds and backward_seconds are parts of it.
         peak_memory: bytes.
         parameter_grad_norms, weight_changes: by parameter; of a step that begins where a checkpoint was
@@ -77,6 +80,7 @@ class StepResult:
     skipped_steps: int
     micro_num: int
     consumed_tokens: int
+    step_tokens: int
     step_seconds: float
     forward_backward_seconds: float
     backward_seconds: float
@@ -94,10 +98,12 @@ def step_record(result: StepResult, speed: Speed) -> dict[str, Any]:
     ``largest_length`` is the longest one's tokens, ``largest_batch`` and ``smallest_batch`` are the most
     and the fewest in one micro-batch.
 
-    ``dropped_token_rate`` is the share of assignments that no expert computed, ``expert_load`` each
-    expert's share of the assignments before drops; both are over all layers, and None and [] for a
-    dense model. ``grad_norm_layers`` has, by parameter group, the norm of the embedding's gradient, of every
-    layer's, and of the final norm's with the head's. ``data_crc32`` tells the global batch, in hexadecimal.
+    ``trained_token_share`` is the share of the samples' tokens that are learned as a label, and
+    ``padding_share`` the share of all tokens that are of no sample. ``dropped_token_rate`` is the share of
+    assignments that no expert computed, ``expert_load`` each expert's share of the assignments before drops;
+    both are over all layers, and None and [] for a dense model. ``grad_norm_layers`` has, by parameter group,
+    the norm of the embedding's gradient, of every layer's, and of the final norm's with the head's.
+    ``data_crc32`` tells the global batch, in hexadecimal.
     ``grad_norm_parameters`` and ``weight_change`` are there for the steps that begin at a checkpoint.
     Unrounded; times in seconds, ``peak_memory`` in bytes. No name depends on the layout.
     """
@@ -139,6 +145,8 @@ def step_record(result: StepResult, speed: Speed) -> dict[str, Any]:
         **_per_type("loss", totals.loss_sums, totals.tokens, math.nan),
         "model_tflops": speed.model_tflops,
         "mfu": speed.mfu,
+        "trained_token_share": _mean(labels, result.step_tokens - totals.padding, 0.0),
+        "padding_share": totals.padding / result.step_tokens,
         "dropped_token_rate": 1 - sum(totals.kept) / assigned if assigned else None,
         "expert_load": [count / assigned for count in totals.assigned] if assigned else [],
         "grad_norm_layers": {group: places(norms) for group, norms in result.layer_grad_norms.items()},

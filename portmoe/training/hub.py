@@ -18,6 +18,7 @@ from portmoe.checkpoint.hub_files import DTYPES, NAMES, HubFolder, read_folder, 
 from portmoe.checkpoint.hub_layout import shapes
 from portmoe.checkpoint.hub_read import fill
 from portmoe.checkpoint.hub_write import Target, write
+from portmoe.checkpoint.store import best_step
 from portmoe.checkpoint.upkeep import clear
 from portmoe.config import Config
 from portmoe.config.pretrained import CONFIG, architecture_keys, completed, read_json, read_pretrained
@@ -40,6 +41,7 @@ BESIDE = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*"),
     *("*.model", "*.tiktoken", "LICENSE*", "NOTICE*"),
 )
+BEST = "best"  # in place of a step
 PREFIX = "model."  # of the parameters among an engine's tensors
 
 
@@ -193,7 +195,7 @@ def export(config: Config, run: Path, final: Path, engine: Engine, group: dist.P
 
 def export_run(
     run: Path,
-    step: int | None,
+    step: int | str | None,
     out: Path,
     dtype: str | None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
@@ -201,7 +203,7 @@ def export_run(
     """Write a checkpoint of the run in ``run`` to the folder ``out``, on this process alone.
 
     Args:
-        step: None: the newest.
+        step: "best": that of the lowest validation loss (``ckpt.keep_best``); None: the newest.
         progress: as ``checkpoint.hub_export.export`` takes it.
 
     Returns:
@@ -217,6 +219,8 @@ def export_run(
     made = made_of(config)
     checkpoints = checkpoints_of(run, config)
     steps = complete_steps(checkpoints)
+    if step == BEST and (step := best_step(checkpoints)) is None:
+        raise ConfigError(f"{checkpoints} has no best one: train with ckpt.keep_best, or give --step N")
     if not steps or (step is not None and step not in steps):
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         there = f"; there are {', '.join(map(str, steps))}" if steps else ""

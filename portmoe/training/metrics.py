@@ -29,6 +29,7 @@ class StepMetrics:
         self._segments = [batch.num_segments for batch in batches]
         self._longest = max(batch.longest_segment for batch in batches)
         self._crc32 = sum(batch.crc32 for batch in batches) % CRC32S
+        self._padding = sum(batch.padding for batch in batches)
 
     def add(self, batch: Batch, output: DecoderOutput | StageOutput, loss: torch.Tensor | None) -> None:
         """Record one micro-batch. Launches device work and does not wait for it.
@@ -60,7 +61,7 @@ class StepMetrics:
         """
         sums = torch.stack(self._sums).cpu().double().sum(0)
         marks = [sum(self._segments), self._longest, max(self._segments), min(self._segments), stop_signal]
-        marks.append(self._crc32)
+        marks += [self._crc32, self._padding]
         mine = torch.cat((sums, torch.tensor(marks, dtype=torch.float64)))
         ranks = [torch.empty_like(mine) for _ in range(group.size())]
         dist.all_gather(ranks, mine, group=group)
@@ -96,4 +97,5 @@ class StepMetrics:
             smallest_batch=int(marks_RM[:, 3].min()),
             stop_signal=int(marks_RM[:, 4].max()),
             data_crc32=int(marks_RM[:, 5].sum()) // alike % CRC32S,
+            padding=int(marks_RM[:, 6].sum()) // alike,
         )

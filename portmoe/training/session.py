@@ -151,6 +151,7 @@ def _opened(
     checkpointer = Checkpointer(run.checkpoints, ckpt.keep, ckpt.async_upload, writing, ckpt.keep_steps)
     stack.callback(checkpointer.close)
     progress = starting_point(run, config, data, layout, engine, checkpointer, writing, notes.append)
+    checkpointer.best = progress.best_step
     if config.run.twin and not (run.resuming and progress.step):
         begin_apart(engine, config)
     run.write_json(ENVIRONMENT, {**provenance.describe(accelerator, layout.world), "data": data})

@@ -1,7 +1,7 @@
 """Where a run begins: at its own newest checkpoint, at weights the config names, or anew."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ class Progress:
     step: int = 0  # completed steps, passed-over ones included
     consumed_tokens: int = 0
     global_batch: int = 0  # sequences per step: what places a step in the data
+    best_step: int | None = None  # with ckpt.keep_best: completed steps of the checkpoint of the lowest
+    best_loss: float | None = None  # validation loss, and that loss
 
 
 def starting_point(
@@ -92,7 +94,7 @@ def _from_other_run(
     if everything or "optimizer" in content:
         engine.load_state(state["engine"])
     if everything or {"sampler", "scheduler"} & set(content):
-        return here.continued(checkpoint, state)
+        return replace(here.continued(checkpoint, state), best_step=None, best_loss=None)  # of that run
     return Progress(global_batch=here.layout.global_batch_sequences)
 
 

@@ -1,5 +1,6 @@
 """The step loop: data in, steps, records and checkpoints out."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -61,6 +62,7 @@ class Trainer:
         self._divergence = Divergence(self._config)
         self._cores = BusyCores() if self._accelerator.device.shared else None
         self._validated_to = self.progress.step  # the validations due before this step are made
+        self._lowest: float | None = None  # that of a validation, where it is the lowest and not saved yet
 
     def fit(self, throughput: Throughput) -> Ending:
         """Train until ``data.total_steps``, until a rank is asked to stop, or until the run has diverged.
@@ -76,19 +78,20 @@ class Trainer:
             else:
                 stop = self._trained_step(throughput)
             step = self.progress.step
-            if step in ckpt.keep_steps or (ckpt.enable_save_ckpt and step % ckpt.checkpoint_every == 0):
+            due = ckpt.enable_save_ckpt and step % ckpt.checkpoint_every == 0
+            if due or step in ckpt.keep_steps or self._lowest is not None:
                 self._save()
             if ckpt.export_every and step % ckpt.export_every == 0 and step < total:
                 self._export(f"hf_model-{step}")
-        if ckpt.enable_save_ckpt and self._divergence.sound:
-            self._save()
-        if self.progress.step >= total and ckpt.export_every != 0:
-            self._export("hf_model")
         if not stop and (
             figures := self._validate(self.progress.step - 1)
         ):  # the last steps were passed over
             shown = " ".join(f"{name}={value:.6g}" for name, value in figures.items())
             self._session.writers.note(f"validation after step {self.progress.step - 1}: {shown}")
+        if ckpt.enable_save_ckpt and self._divergence.sound:
+            self._save()
+        if self.progress.step >= total and ckpt.export_every != 0:
+            self._export("hf_model")
         if self._checkpointer:
             self._checkpointer.wait()
             self._tell_problems()
@@ -156,6 +159,7 @@ class Trainer:
             skipped_steps=self._engine.loss_scale.skipped_steps,
             micro_num=self._layout.micro_num,
             consumed_tokens=self.progress.consumed_tokens,
+            step_tokens=self._layout.tokens_per_step,
             step_seconds=seconds,
             forward_backward_seconds=outcome.forward_backward_seconds,
             backward_seconds=outcome.backward_seconds,
@@ -171,24 +175,34 @@ class Trainer:
             return None
         self._validated_to = step + 1
         by_token = self._config.loss.reduction == "token"
-        return validate(self._engine, self._session.valid, self._layout, self._session.world, by_token)
+        figures = validate(self._engine, self._session.valid, self._layout, self._session.world, by_token)
+        loss, before = figures["valid_loss"], self.progress.best_loss
+        if self._config.ckpt.keep_best and loss < (math.inf if before is None else before):
+            self._lowest = loss
+        return figures
 
     def _save(self) -> None:
         """Save what is not saved yet, unless it is worth less than what is."""
         if not self._checkpointer or self._saved_at == self.progress.step:
             return
         if not self._divergence.sound:
+            self._lowest = None
             self._session.writers.note(
                 f"no checkpoint after step {self.progress.step - 1}, which was skipped or has no loss"
             )
             return
+        best = self._lowest is not None
+        if best:
+            self.progress.best_step, self.progress.best_loss = self.progress.step, self._lowest
+            self._lowest = None
         state: dict[str, Any] = {"progress": asdict(self.progress), "engine": self._engine.state()}
         state["data"] = self._session.data["train"]
         tensors = self._engine.tensors(optimizer=self._config.ckpt.save_optimizer)
-        self._checkpointer.save(self.progress.step, tensors, state)
+        self._checkpointer.save(self.progress.step, tensors, state, best)
         self._saved_at = self.progress.step
         folder = folder_of(self._checkpointer.folder, self.progress.step)
-        self._session.writers.note(f"checkpoint of {self.progress.step} steps: {folder}")
+        lowest = f", the lowest validation loss so far: {self.progress.best_loss:.6g}" if best else ""
+        self._session.writers.note(f"checkpoint of {self.progress.step} steps: {folder}{lowest}")
         self._tell_problems()
 
     def _export(self, name: str) -> None:

@@ -1,6 +1,5 @@
 """What a rank is given step by step, and what is refused before the first one."""
 
-import json
 import subprocess
 import sys
 import threading
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from token_folder import folder_of
 
 from portmoe.config import Config
 from portmoe.data import check_data, open_data
@@ -23,17 +23,6 @@ VOCAB = 600
 def config(vocab_size: int = VOCAB, seed: int = 1024, **data) -> Config:
     data = {"seq_len": 16, "micro_bsz": 2, "num_samples": 40} | data
     return Config.model_validate({"data": data, "model": {"vocab_size": vocab_size}, "run": {"seed": seed}})
-
-
-def folder_of(path: Path, samples: list[list[int]]) -> str:
-    lines = [json.dumps({"tokens": tokens}).encode() + b"\n" for tokens in samples]
-    path.mkdir(parents=True)
-    (path / "a.bin").write_bytes(b"".join(lines))
-    offsets = np.cumsum([0, *map(len, lines[:-1])])
-    rows = np.array([(offset, len(tokens)) for offset, tokens in zip(offsets, samples, strict=True)])
-    with (path / "a.bin.meta").open("wb") as file:
-        np.save(file, rows)
-    return str(path)
 
 
 def content(batches: list) -> list[tuple]:

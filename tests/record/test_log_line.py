@@ -22,7 +22,8 @@ BENCHMARK_KEYS = [
     *("loss_from_metric", "loss/en", "loss/cn", "loss/code"),
 ]
 OWN_KEYS = [
-    *("model_tflops", "mfu", "dropped_token_rate", "expert_load", "grad_norm_layers", "step_time"),
+    *("model_tflops", "mfu", "trained_token_share", "padding_share", "dropped_token_rate", "expert_load"),
+    *("grad_norm_layers", "step_time"),
     *("lr_next", "peak_memory", "data_crc32", "grad_norm_parameters", "weight_change"),
 ]
 
@@ -40,6 +41,7 @@ def totals(**changes):
         "largest_batch": 5,
         "smallest_batch": 2,
         "data_crc32": 0x1A2B,
+        "padding": 200_000,
     }
     return SimpleNamespace(**(values | changes))
 
@@ -65,6 +67,7 @@ def record(step_totals=None, step_speed=None, **changes):
         "skipped_steps": 3,
         "micro_num": 8,
         "consumed_tokens": 52428800,
+        "step_tokens": 1_600_000,
         "step_seconds": 9.76,
         "forward_backward_seconds": 8.99,
         "backward_seconds": 5.91,
@@ -161,6 +164,16 @@ def test_metrics_weigh_every_labelled_token_alike():
     assert step["acc"] == pytest.approx(0.86)
     assert step["loss_from_metric"] == pytest.approx(0.3)
     assert step["perplexity"] == pytest.approx(1.349859, abs=1e-6)  # e^0.3
+
+
+def test_what_is_learned_and_what_is_padding():
+    """Of 1,600,000 tokens 200,000 are padding, and of the others 1,000,000 have a label."""
+    step = record()
+    assert step["trained_token_share"] == pytest.approx(1_000_000 / 1_400_000)
+    assert step["padding_share"] == 0.125
+    assert " trained_token_share=0.71429 padding_share=0.125 " in to_text(step, 4)
+    empty = record(totals(tokens=[0, 0, 0], padding=1_600_000))
+    assert (empty["trained_token_share"], empty["padding_share"]) == (0.0, 1.0)
 
 
 def test_expert_figures_are_shares_of_all_assignments():

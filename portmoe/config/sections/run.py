@@ -43,6 +43,8 @@ class CheckpointConfig(Section):
     # completed steps after which the state is saved, whatever else is, and kept: for `portmoe replay`;
     # 0 is before the first step
     keep_steps: Annotated[list[Count], SAME_RUN] = Field([])
+    # also save where a validation finds the lowest loss so far, and keep that until a lower one is saved
+    keep_best: bool = False
     # steps after each of which hf_model-<step>/ is written; null: only hf_model/ at the end; 0: not even that
     export_every: Count | None = None
     export_dtype: Literal["float32", "bfloat16", "float16"] | None = None  # null: each tensor's own

@@ -47,13 +47,17 @@ def check_checkpoints(directory: Directory, walked: Walk) -> Iterator[Result]:
 
 
 def _missing(directory: Directory, walked: Walk, steps: list[int]) -> Iterator[Result]:
-    """Checkpoints that ``ckpt.keep`` and ``ckpt.keep_steps`` would have left."""
+    """Checkpoints that ``ckpt.keep``, ``ckpt.keep_steps`` and ``ckpt.keep_best`` would have left."""
     config = directory.config
     if config is None:
         return
     last = max((record["step"] + 1 for _, record in directory.records), default=0)
     saved = sorted(step for step in walked.checkpoints if step <= last)
     always = [step for step in saved if step in config.ckpt.keep_steps]
+    if config.ckpt.keep_best:
+        judged = [(record.get("valid_loss"), record["step"] + 1) for _, record in directory.records]
+        found = [(loss, step) for loss, step in judged if loss is not None and step in saved]
+        always += [step for _, step in sorted(found)[:1] if step not in always]
     newest = [step for step in saved if step not in always][-config.ckpt.keep :]
     for step in {*always, *newest} - set(steps):
         detail = "it was saved, is to be kept, and is not there"
