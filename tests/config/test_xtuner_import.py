@@ -51,6 +51,8 @@ def test_deepseek_v2():
     assert (config.moe.moe_implementation, config.moe.expert_in_one_shard) == ("shard", 20)
     assert config.expert_shard == 20  # with parameters sharded
     assert (config.data.seq_len, config.data.micro_bsz, config.data.micro_num) == (2048, 1, 1)
+    assert (config.data.packing, config.data.use_varlen_attn) == ("cut", False)
+    assert (config.data.num_epochs, config.data.total_steps) == (3, None)
     adam = config.adam
     assert (adam.lr, adam.adam_beta1, adam.adam_beta2, adam.weight_decay) == (1e-5, 0.9, 0.999, 0.0)
     assert config.hybrid_zero_optimizer.clip_grad_norm == 1.0
@@ -70,6 +72,19 @@ def test_a_split_sequence(edited):
     config = import_config(edited(DEEPSEEK, "parallel_size = 1", "parallel_size = 4")).config
     assert (config.parallel.sequence.size, config.data.micro_num) == (4, 4)
     assert Layout.plan(config, 128).tokens_per_step == 128 * 2048  # as many as there without
+
+
+def test_what_their_data_sets_do_unless_told():
+    """Samples of their own rows, and with varlen attention where it is asked for."""
+    assert import_config(MIXTRAL).config.data.packing == "cut"
+    assert import_config(MIXTRAL).config.data.use_varlen_attn is False
+
+
+def test_samples_that_are_not_packed(edited):
+    config = import_config(edited(DEEPSEEK, "pack = True", "pack = False", "attn = False", "attn = True"))
+    assert (config.config.data.packing, config.config.data.use_varlen_attn) == ("none", True)
+    unsaid = edited(MIXTRAL, ", pack_to_max_length=True", "")
+    assert import_config(unsaid).config.data.packing == "none"
 
 
 def test_mixtral():

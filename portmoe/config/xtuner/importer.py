@@ -90,8 +90,6 @@ def carried_over(source: str, found: Assignments) -> Imported:
     defaults = [f"{key} = {shorten(value)}" for key, value in DEFAULTS.items() if key not in ours]
     if values["parallel.zero1.fsdp"]:
         notes.append(ZERO3)
-    if any(item.key == "train_cfg.max_epochs" for item in left_out):
-        notes.append("the length of a run is counted in steps here: set data.total_steps")
     return Imported("XTuner", source, tree, left_out, defaults, notes, OTHER_MODEL)
 
 
@@ -159,6 +157,8 @@ def _counterpart(leaf: _Leaf) -> tuple[str | None, Any, str | None]:
             value = names.get(_name(value), value)
             if isinstance(value, Unreadable):
                 return None, None, f"this is code; {key} knows {', '.join(dict.fromkeys(names.values()))}"
+        if key == "data.packing" and isinstance(value, bool):
+            value = "cut" if value else "none"
         if key == "data.chat_template":
             return None, None, "this is code; the tokenizer's own template holds"
         if key == "ckpt.keep" and value == -1:

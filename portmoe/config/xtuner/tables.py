@@ -31,6 +31,7 @@ KEYS = {
     "model.llm.expert_in_one_shard": "moe.expert_in_one_shard",
     "train_dataloader.batch_size": "data.micro_bsz",
     "train_dataloader.dataset.max_length": "data.seq_len",
+    "train_dataloader.dataset.pack_to_max_length": "data.packing",
     "train_dataloader.dataset.dataset_map_fn": "data.format",
     "train_dataloader.dataset.template_map_fn.template": "data.chat_template",
     "optim_wrapper.accumulative_counts": "data.micro_num",
@@ -77,6 +78,8 @@ DEFAULTS: dict[str, Any] = {
     "lr_scheduler.warmup_ratio": 0.0,
     "lr_scheduler.eta_min": 0.0,
     "ckpt.enable_save_ckpt": True,
+    "data.packing": "none",
+    "data.use_varlen_attn": False,
     "parallel.zero1.fsdp": True,
 }
 
@@ -99,12 +102,10 @@ SILENT = (
 )
 OTHER_MODEL = ("model.lora", "model.llm.quantization_config", "model.llm.config")
 WHY_NOT = {
-    "model.use_varlen_attn": "attention always stays within a sample",
     "model.lora": "all weights are trained here",
     "model.llm.quantization_config": "weights are trained as they are, not quantized",
     "param_scheduler.LinearLR.start_factor": "the warm-up begins at zero",
     "train_dataloader.dataset.dataset.path": "give the data by data.train_folder",
-    "train_dataloader.dataset.pack_to_max_length": "samples are always packed",
     "strategy": "parallel.zero1 shards; trainer.engine: deepspeed takes the buckets as trainer.deepspeed",
 }
 NO_SUCH_KEY = "portmoe has no such key"
