@@ -41,6 +41,21 @@ def test_7b_within_its_time_and_memory():
     assert "Warning" not in result.stderr
 
 
+def test_epochs_are_told_in_steps_where_the_data_is_here(capsys, tmp_path):
+    """400 dummy samples of a row each, 8 a step: 50 steps an epoch. Data that is not here is not needed."""
+    epochs = ["--set", "data.total_steps=null", "--set", "data.num_epochs=2"]
+    arguments = ["--config", "tiny_mixtral", "--set", "data.num_samples=400", *epochs]
+    text = shown(capsys, *arguments)
+    assert (
+        "400 samples, 102,400 tokens in 400 rows of 256, 100.0% full; 50 steps an epoch, 100 in all" in text
+    )
+    text = shown(capsys, *arguments, "--set", f"data.train_folder={tmp_path / 'elsewhere'}")
+    assert "data             cannot be looked at: data.train_folder=" in text
+    few = shown(capsys, *arguments, "--set", "data.num_epochs=1")
+    assert "50 steps an epoch, 50 in all" in few
+    assert "acceptance: cannot be reached in 50 steps" in few
+
+
 def test_the_figures_of_7b(capsys):
     text = shown(capsys, "--config", "7b_moe4", "--world-size", "32")
     for figure in (

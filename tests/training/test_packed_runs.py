@@ -15,6 +15,7 @@ from zygote import start_portmoe
 from portmoe.config.read import load_config
 from portmoe.data import open_data
 from portmoe.errors import ConfigError
+from portmoe.verify.evidence.verify import verify
 
 SEQ_LEN, BATCH = 32, 12
 SAMPLES, HELD_OUT = conversations(90, SEQ_LEN, 448, seed=1), conversations(61, SEQ_LEN, 448, seed=2)
@@ -146,7 +147,7 @@ def test_each_epoch_of_a_stream_has_every_sample_once(folders):
             assert read == text
 
 
-def test_keep_best(run):
+def test_keep_best(run, tmp_path):
     """A rate that soon spoils the weights: the lowest validation loss is early, and its checkpoint stays."""
     saving = ["ckpt.enable_save_ckpt=true", "ckpt.checkpoint_every=2", "ckpt.keep=2", "ckpt.keep_best=true"]
     spoiling = ["adam.lr=0.5", "lr_scheduler.warmup_ratio=0.5", "data.valid_every=1", "data.num_epochs=3"]
@@ -167,6 +168,12 @@ def test_keep_best(run):
 
     assert export_run(directory, "best", directory / "best", None) == best
     assert export_run(directory, None, directory / "newest", None) == kept[-1]
+    assert verify(directory).passed  # the tokens of the steps too, drawn again
+    hidden = (directory / "checkpoints" / f"step-{best:08d}").rename(tmp_path / "hidden")
+    missing = [result for result in verify(directory).results if result.status == "fail"]
+    assert [result.subject for result in missing] == [f"checkpoints/step-{best:08d}"]
+    hidden.rename(directory / "checkpoints" / f"step-{best:08d}")
+
     state = directory / "checkpoints" / f"step-{kept[-1]:08d}" / "state.json"
     state.write_text(state.read_text().replace('"best_step"', '"other"'))
     with pytest.raises(ConfigError, match=r"no best one: train with ckpt\.keep_best"):

@@ -19,7 +19,7 @@ from portmoe.accelerator import get_accelerator
 from portmoe.config import Config
 from portmoe.config.read import default_model
 from portmoe.config.sections.execution import ParallelConfig
-from portmoe.data import Batch, open_data
+from portmoe.data import Batch, open_data, with_total_steps
 from portmoe.launch.ranks import detect
 from portmoe.model.decoder import Decoder
 from portmoe.model.reference_table import reference_table
@@ -145,6 +145,8 @@ def bisect(config: Config, reference: str, backend: str, progress: Progress) -> 
     """
     config = _in_one_process(config)
     layout = Layout.plan(config, 1)
+    if config.data.total_steps is None:  # the schedule is asked for the first step's rate
+        config = with_total_steps(config, 1, layout.micro_num)
     suspect = get_accelerator(backend)
     device = suspect.open(0)
     trusted = suspect if reference == suspect.name else get_accelerator(reference)

@@ -48,6 +48,7 @@ MODEL_OF = {
 LATENT = (
     *("data.seq_len=32", "data.num_samples=300", "data.micro_bsz=4", "data.global_batch_size=16"),
     *("model.hidden_size=32", "model.vocab_size=256", "model.moe_intermediate_size=32"),
+    *("data.num_epochs=2", "data.total_steps=null"),
 )
 
 
