@@ -185,6 +185,15 @@ def test_a_value_where_a_section_belongs(section, folder):
             {"parallel": {"weight": {"size": 2}}},
             "parallel.weight.size=2 acts only with parallel.tensor.mode='isp'",
         ),
+        (
+            {"parallel": {"tensor": {"size": 2}, "sequence": {"size": 2}}},
+            "parallel.tensor.size=2 and parallel.sequence.size=2: ranks share layers or split the tokens",
+        ),
+        (
+            {"parallel": {"sequence": {"size": 3}}},
+            "must be a multiple of parallel.sequence.size=3, which splits the sequence",
+        ),
+        ({"parallel": {"sequence": {"size": 0}}}, "parallel.sequence.size = 0: must be"),
         ({"parallel": {"tensor": {"size": 3}}}, "must be a multiple of parallel.tensor.size=3"),
         ({"parallel": {"tensor": {"mode": "sp"}}}, "parallel.tensor.mode = 'sp': must be one of 'mtp'"),
         ({"parallel": {"pipeline": {"size": 33}}}, "model.num_layers=32 is fewer than the stages"),

@@ -129,7 +129,23 @@ def test_isp_cuts_neither_vocabulary_nor_width():
     assert plan(4, *ISP, "parallel.tensor.size=4", "model.vocab_size=1023").sequence == 4
 
 
+@pytest.mark.parametrize(
+    ("heads", "size", "ring"), [(4, 2, 1), (4, 4, 1), (2, 4, 2), (1, 4, 4), (3, 2, 2), (6, 4, 2)]
+)
+def test_tokens_are_split_over_heads_as_far_as_these_go(heads, size, ring):
+    """And beyond in a ring: so many ranks have each head."""
+    sizes = ("model.hidden_size=48", f"model.num_attention_heads={heads}", "data.global_batch_size=null")
+    planned = plan(8, f"parallel.sequence.size={size}", *sizes)
+    assert (planned.data, planned.tensor, planned.ring, planned.sequence) == (8 // size, size, ring, size)
+    assert (planned.replicas, planned.zero1) == (8, 8)
+    assert (f"a ring of {ring}" in str(planned)) == (ring > 1)
+    assert f"sequence {size}" in str(planned)
+
+
 def test_ranks_that_do_not_divide():
+    assert "parallel.sequence.size=4 · parallel.pipeline.size=1 = 4 does not divide the 6 ranks" in refusal(
+        6, "parallel.sequence.size=4"
+    )
     message = refusal(7, "parallel.pipeline.size=2", "parallel.tensor.size=2")
     assert "= 4 does not divide the 7 ranks; use 4 or 8 ranks" in message
     assert "use 4 ranks" in refusal(3, "parallel.pipeline.size=2", "parallel.tensor.size=2")

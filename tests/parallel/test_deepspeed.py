@@ -129,6 +129,7 @@ def test_a_step_that_deepspeed_skips_by_itself_has_norms_that_are_not_finite():
     ("key", "value", "rest"),
     [
         ("parallel.tensor.size", 2, []),
+        ("parallel.sequence.size", 2, []),
         ("parallel.pipeline.size", 2, []),
         ("parallel.expert.size", 2, []),
         ("parallel.zero1.size", 2, []),

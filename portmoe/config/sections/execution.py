@@ -36,7 +36,7 @@ class PipelineConfig(Section):
 
 
 class WeightConfig(Section):
-    """Ranks a layer's weights are sharded over in isp mode, gathered a layer at a time."""
+    """Ranks a layer's weights are sharded over where tokens are split, gathered a layer at a time."""
 
     size: Size = 1
     overlap: bool = False
@@ -80,8 +80,8 @@ class ParallelConfig(Section):
     def _weight_needs_isp(self) -> "ParallelConfig":
         if self.weight.size > 1 and self.mode != "isp":
             raise ValueError(
-                f"parallel.weight.size={self.weight.size} acts only with parallel.tensor.mode='isp', and "
-                f"parallel.tensor.mode={self.tensor.mode!r}; change one of the two"
+                f"parallel.weight.size={self.weight.size} acts only with parallel.tensor.mode='isp' or with "
+                f"parallel.sequence.size, and parallel.tensor.mode={self.tensor.mode!r}; change one of these"
             )
         return self
 
