@@ -55,8 +55,8 @@ def open_samples(config: Config, split: Split, told: Told = lambda *_: None) -> 
         raise ConfigError(
             f"{key}={', '.join(given)} is text or conversations, which need a tokenizer: set data.tokenizer "
             "to a folder with one (for text alone also to bytes), or model.from_pretrained to a model's; or "
-            f"make a data set of text by `portmoe data tokenize {given[0]} --tokenizer bytes -o FOLDER` and set "
-            f"{key} to it"
+            f"make a data set of text by `portmoe data tokenize {given[0]} --tokenizer bytes -o FOLDER` and "
+            f"set {key} to it"
         )
     recipe = Recipe(tokenizer, data.chat_template, data.train_on)
     samples = [

@@ -90,6 +90,11 @@ def tokenized(
         ) from error
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _root(cache: str | None) -> Path:
     """Where the cache is: the user's, or, where that cannot be written, in the temporary folder."""
     if cache is not None:
@@ -119,8 +124,7 @@ def _make(recipe: Recipe, maker: Maker, given: Sequence[Given], folder: Path, to
         made += 1
         told(path.name, made, len(work))
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    make_parts(recipe, maker, waiting, folder, cores, done)
+    make_parts(recipe, maker, waiting, folder, cores(), done)
     _finish(folder, given, files)
 
 
