@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from portmoe.data.pack import Pack
+from portmoe.data.sources.sample import DATA_TYPES
 from portmoe.ops.attention import Segments
 from portmoe.ops.cross_entropy import IGNORED
 
@@ -18,15 +19,16 @@ class Batch:
     tokens_T: torch.Tensor
     labels_T: torch.Tensor  # IGNORED: no label here
     positions_T: torch.Tensor  # from 0 in each segment
-    types_T: torch.Tensor  # indices into ``data.DATA_TYPES``
+    types_T: torch.Tensor  # indices into ``types``
     segments: Segments
     index: int  # number of the micro-batch, counted over all ranks since the run's start
     crc32: int = 0  # of tokens, labels and the segments' ends
     # int64, places of tokens: the decoder gives logits of what follows them, and no loss; None: the loss
     asked_B: torch.Tensor | None = None
+    types: tuple[str, ...] = DATA_TYPES  # names of what tokens are told apart by, the same in all batches
 
     @classmethod
-    def from_pack(cls, pack: Pack, index: int) -> "Batch":
+    def from_pack(cls, pack: Pack, index: int, types: tuple[str, ...] = DATA_TYPES) -> "Batch":
         """Return the micro-batch that ``pack`` is, on the CPU."""
         labels_T = np.where(pack.labelled_T, pack.labels_T, IGNORED)
         arrays = (pack.tokens_T, labels_T, pack.positions_T, pack.types_T)
@@ -38,6 +40,7 @@ class Batch:
             segments=Segments(offsets=pack.offsets, padded=pack.padded),
             index=index,
             crc32=crc32,
+            types=types,
         )
 
     def unlabelled(self) -> "Batch":

@@ -7,6 +7,7 @@ from typing import Any
 from portmoe.config import Config
 from portmoe.data.batch import Batch
 from portmoe.data.packs import Split, check_vocabulary, open_packs, split_micro_num
+from portmoe.data.sources.opened import type_names
 
 
 class DataStream:
@@ -29,6 +30,7 @@ class DataStream:
             self._sampler = self.packs.sampler(micro_num, rank, size, config.data.num_epochs)
             self.steps_per_epoch = self._sampler.steps_per_epoch
         self._where = getattr(config.data, f"{split}_folder") or "the dummy data"
+        self._types = type_names(config, split)
         self.num_packs = len(self.packs)
         self.equal_segments = self.packs.equal_segments
         # One thread does all the reading, so that nothing below needs a lock.
@@ -88,7 +90,7 @@ class DataStream:
         # The least int64 has no absolute value and stays negative.
         largest = max(int(pack.tokens_T.max()), -int(pack.tokens_T.min()))
         check_vocabulary(self._config, largest, self._where)
-        return Batch.from_pack(pack, index)
+        return Batch.from_pack(pack, index, self._types)
 
 
 def open_data(config: Config, *, rank: int, size: int, micro_num: int, split: Split = "train") -> DataStream:

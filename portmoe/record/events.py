@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from portmoe.data.sources.sample import DATA_TYPES
 from portmoe.record.appended import disk
 from portmoe.record.flat import flat
 from portmoe.record.log_line import OF_REPLAY
@@ -102,7 +101,8 @@ def _scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         "grad_norm": total_norm(record),
         "tokens per second": record.get("tgs (tokens/gpu/second)"),
     }
-    absent = {name for name in DATA_TYPES if not record.get(f"tokens/{name}", 1)}
+    counts = {key: value for key, value in record.items() if key.startswith("tokens/")}
+    absent = {key.partition("/")[2] for key, count in counts.items() if not count}
     shown = {key: value for key, value in record.items() if key not in (*_NO_CHART, *OF_REPLAY)}
     columns = {f"{FIRST}/{name}": value for name, value in first.items()} | flat(shown)
     for key, value in columns.items():

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from portmoe.data import DATA_TYPES
 from portmoe.files import json_text
 from portmoe.record.flat import flat, places
 from portmoe.record.throughput import Speed
@@ -22,7 +21,7 @@ class StepTotals:
 
     ``loss`` is the mean over micro-batches of each one's mean over labelled tokens, nan where the whole batch
     has none, and ``aux_loss`` and ``z_loss`` the means over micro-batches of the losses of all layers; the
-    per-type lists follow ``DATA_TYPES`` and count labelled tokens; ``assigned`` and ``kept`` count
+    per-type lists follow ``types`` and count labelled tokens; ``assigned`` and ``kept`` count
     assignments per expert over all layers, before and after drops.
     ``segments`` is the first data-parallel rank's number, as the benchmark logs it; ``largest_length`` is
     the longest segment in tokens, ``largest_batch`` and ``smallest_batch`` the most and fewest segments of a
@@ -30,6 +29,7 @@ class StepTotals:
     of no sample.
     """
 
+    types: tuple[str, ...]
     loss: float
     aux_loss: float
     z_loss: float
@@ -139,10 +139,10 @@ def step_record(result: StepResult, speed: Speed) -> dict[str, Any]:
         "bwd_time": result.backward_seconds,
         "acc": _mean(sum(totals.correct), labels, 0.0),
         "perplexity": perplexity(mean_loss),
-        **_per_type("acc", totals.correct, totals.tokens, 0.0),
-        **{f"tokens/{name}": count for name, count in zip(DATA_TYPES, totals.tokens, strict=True)},
+        **_per_type("acc", totals.types, totals.correct, totals.tokens, 0.0),
+        **{f"tokens/{name}": count for name, count in zip(totals.types, totals.tokens, strict=True)},
         "loss_from_metric": mean_loss,
-        **_per_type("loss", totals.loss_sums, totals.tokens, math.nan),
+        **_per_type("loss", totals.types, totals.loss_sums, totals.tokens, math.nan),
         "model_tflops": speed.model_tflops,
         "mfu": speed.mfu,
         "trained_token_share": _mean(labels, result.step_tokens - totals.padding, 0.0),
@@ -186,10 +186,12 @@ def perplexity(mean_loss: float) -> float:
         return math.inf
 
 
-def _per_type(key: str, sums: Sequence[float], counts: Sequence[int], empty: float) -> dict[str, float]:
+def _per_type(
+    key: str, types: Sequence[str], sums: Sequence[float], counts: Sequence[int], empty: float
+) -> dict[str, float]:
     return {
         f"{key}/{name}": _mean(value, count, empty)
-        for name, value, count in zip(DATA_TYPES, sums, counts, strict=True)
+        for name, value, count in zip(types, sums, counts, strict=True)
     }
 
 

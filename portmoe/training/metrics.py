@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from portmoe.data import DATA_TYPES, Batch
+from portmoe.data import Batch
 from portmoe.model.decoder import DecoderOutput, StageOutput
 from portmoe.ops.cross_entropy import IGNORED
 from portmoe.parallel.layout import Layout
@@ -24,6 +24,7 @@ class StepMetrics:
 
     def __init__(self, experts: int, batches: Sequence[Batch]) -> None:
         self._experts = experts
+        self._types = batches[0].types
         self._micro_num = len(batches)
         self._sums: list[torch.Tensor] = []
         self._segments = [batch.num_segments for batch in batches]
@@ -36,7 +37,7 @@ class StepMetrics:
 
         A stage without the head knows only its own layers' assignments, and has no ``loss``.
         """
-        types = len(DATA_TYPES)
+        types = len(self._types)
         if loss is None:
             of_head = torch.zeros(3 + 3 * types, device=output.x_TH.device)
         else:
@@ -75,7 +76,7 @@ class StepMetrics:
     def _totals(
         self, sums: torch.Tensor, marks_RM: torch.Tensor, micro_batches: int, alike: int
     ) -> StepTotals:
-        types, experts = len(DATA_TYPES), self._experts
+        types, experts = len(self._types), self._experts
         scalars, tokens, correct, losses, assigned, kept = sums.split(
             (3, types, types, types, experts, experts)
         )
@@ -83,6 +84,7 @@ class StepMetrics:
         if not tokens.any():
             loss = math.nan  # a mean of nothing, and 0 by its arithmetic only
         return StepTotals(
+            types=self._types,
             loss=loss,
             aux_loss=aux_loss,
             z_loss=z_loss,

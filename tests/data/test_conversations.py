@@ -4,6 +4,7 @@ The oracle puts each rendering together from pieces of text and says of each whe
 are the tokenizers library's own of the whole, and how many bytes each is of is read off the token itself.
 """
 
+import collections
 import random
 
 import numpy as np
@@ -12,6 +13,7 @@ from conversations import conversation, record, trained_tokenizer, write
 from tokenizers import Tokenizer
 
 import portmoe
+from portmoe.data import open_data
 from portmoe.data.sources.opened import open_samples
 from portmoe.data.text import parts
 from portmoe.data.tokenizing import cache
@@ -145,3 +147,30 @@ def test_tokens_and_what_is_learned_are_those_of_the_oracle(
             assert (sample.tokens_T == begin).sum() == 1 + said.count("<s>")
         if oracle in ("deepseek_v2", "mixtral"):  # pad is the end token here, and it is learned all the same
             assert (sample.tokens_T[-1], sample.learned_T[-1]) == (end, True)
+
+
+def test_a_source_is_an_entry_of_the_list_and_its_tokens_go_by_its_name(folder, tokenizers):
+    rng = random.Random(3)
+    for name in ("facts", "poems"):
+        turns = [conversation(rng, "messages") for _ in range(30)]
+        write(folder / f"{name}.jsonl", [record(one, "messages") for one in turns])
+    config = portmoe.load_config(
+        "tiny_moe4",
+        [
+            *(f"data.tokenizer={tokenizers['chatml']}", f"data.cache_folder={folder / 'cache'}"),
+            *("data.chat_template=chatml", "data.seq_len=64", "data.micro_bsz=1", "data.packing=cut"),
+            f"data.train_folder=[{folder / 'facts.jsonl'}, {folder / 'poems.jsonl'}]",
+        ],
+    )
+    with open_data(config, rank=0, size=1, micro_num=2) as stream:
+        counts = collections.Counter()
+        for batches in stream.passes():
+            for batch in batches:
+                assert batch.types == ("facts", "poems")
+                counts.update(batch.types_T[batch.labels_T != -100].tolist())
+    learned = [
+        sum(int(one.sample(i).learned_T[1:].sum()) for i in range(len(one)))
+        for one in open_samples(config, "train").samples
+    ]
+    assert min(learned) > 0
+    assert [counts[0], counts[1]] == learned

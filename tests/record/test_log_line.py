@@ -30,6 +30,7 @@ OWN_KEYS = [
 
 def totals(**changes):
     values = {
+        "types": ("en", "cn", "code"),
         "loss": 0.32518,
         "tokens": [900_000, 0, 100_000],
         "correct": [810_000, 0, 50_000],

@@ -58,8 +58,7 @@ class ChatEncoder:
         self._added = np.array(sorted(added), dtype=np.int64)
         texts = sorted((re.escape(token.content) for token in added.values() if token.special), reverse=True)
         self._special = re.compile("|".join(texts)) if texts else None
-        begin = tokenizer.special.get("bos_token")
-        self._begin = tokenizer.fast.token_to_id(begin) if begin else None
+        self._begin = tokenizer.special.get("bos_token")
 
     def encode(self, turns: Sequence[Message]) -> Encoded:
         """The tokens of one conversation.
@@ -73,8 +72,6 @@ class ChatEncoder:
         encoding = self._tokenizer.fast.encode(text, add_special_tokens=False)
         tokens_T = np.array(encoding.ids, dtype=np.int64)
         begins_T, ends_T = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
-        if self._begin is not None and len(tokens_T) > 1 and (tokens_T[:2] == self._begin).all():
-            raise BadSample(TWICE, "the chat template writes the begin token twice")
         notes: dict[str, str] = {}
         learned_T = np.zeros(len(tokens_T), dtype=np.bool_)
         added_T = np.isin(tokens_T, self._added)
@@ -113,6 +110,8 @@ class ChatEncoder:
 
     def _check(self, text: str, turns: Sequence[Message], spans: Spans) -> None:
         """Nothing is left out, and each turn of the assistant that is learned is where it is taken to be."""
+        if self._begin and text.startswith(2 * self._begin) and not turns[0].content.startswith(self._begin):
+            raise BadSample(TWICE, "the chat template writes the begin token twice")
         at = 0
         for turn in turns:
             if turn.role != ASSISTANT:

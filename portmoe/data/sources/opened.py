@@ -24,12 +24,10 @@ class Opened:
     """The samples of a split.
 
     Attributes:
-        names: of the sources, which ``type_id`` of the samples counts.
         said: what was left out, and what there is to know, in lines; empty: nothing.
     """
 
     samples: Sequence[Samples]
-    names: tuple[str, ...]
     said: tuple[str, ...] = ()
 
 
@@ -47,8 +45,8 @@ def open_samples(config: Config, split: Split, told: Told = lambda *_: None) -> 
         BackendError: a package is missing.
     """
     data, key, given = config.data, f"data.{split}_folder", folders(config, split)
-    if data.format == "auto" and len(given) == 1 and _is_tokenized(Path(given[0])):
-        return Opened(open_folder(given[0], key, data.min_length), DATA_TYPES)
+    if _are_tokenized(config, given):
+        return Opened(open_folder(given[0], key, data.min_length))
     tokenizer = data.tokenizer or config.model.from_pretrained
     sources = [_files(name, key, data.format, tokenizer) for name in given]
     if tokenizer is None:
@@ -69,7 +67,7 @@ def open_samples(config: Config, split: Split, told: Told = lambda *_: None) -> 
         raise ConfigError("\n".join((*said, "data.on_bad_sample=error: mend them, or set it to skip")))
     if not any(map(len, samples)):
         raise ConfigError("\n".join((*said, f"{key}={given}: no sample is left to learn from")))
-    return Opened(samples, _names(given), said)
+    return Opened(samples, said)
 
 
 def _said(key: str, samples: Conversations) -> list[str]:
@@ -82,6 +80,26 @@ def _said(key: str, samples: Conversations) -> list[str]:
         lines.append(f"{key}: kept as they are:")
         lines += [f"  {line}" for line in samples.said(samples.notes)]
     return lines
+
+
+def type_names(config: Config, split: Split) -> tuple[str, ...]:
+    """The names of the sources of a split, which ``type_id`` of their samples counts.
+
+    Each is the last part of what names the source, numbered where several are alike.
+    """
+    given = folders(config, split)
+    if not given or _are_tokenized(config, given):
+        return DATA_TYPES
+    names: list[str] = []
+    for name in given:
+        stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in Path(name).resolve().stem)
+        alike = sum(1 for other in names if other.partition("#")[0] == stem)
+        names.append(f"{stem}#{alike + 1}" if alike else stem)
+    return tuple(names)
+
+
+def _are_tokenized(config: Config, given: Sequence[str]) -> bool:
+    return config.data.format == "auto" and len(given) == 1 and _is_tokenized(Path(given[0]))
 
 
 def _is_tokenized(folder: Path) -> bool:
@@ -122,13 +140,3 @@ def _form(file: Path, form: str) -> str:
                 f"{', '.join(f'{field!r} ({name})' for field, name in SIGNS.items())}; set data.format"
             )
     return TEXT
-
-
-def _names(given: Sequence[str]) -> tuple[str, ...]:
-    """A name a source: the last part of what names it, numbered where several are alike."""
-    names: list[str] = []
-    for name in given:
-        stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in Path(name).resolve().stem)
-        alike = sum(1 for other in names if other.partition("#")[0] == stem)
-        names.append(f"{stem}#{alike + 1}" if alike else stem)
-    return tuple(names)

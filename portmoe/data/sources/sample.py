@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
-DATA_TYPES = ("en", "cn", "code")  # a type is its index here
+DATA_TYPES = ("en", "cn", "code")  # the benchmark's, of data that has no other names
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class Sample:
 class Samples(Protocol):
     """What packing needs of a data set."""
 
-    type_id: int  # index into DATA_TYPES
+    type_id: int  # index into the names of the data, see ``opened.type_names``
     lengths: np.ndarray  # int64, tokens per sample, each at least 1
 
     def sample(self, index: int) -> Sample:

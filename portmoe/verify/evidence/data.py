@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from portmoe.config import Config
-from portmoe.data import DATA_TYPES, Batch, DataStream, open_data
+from portmoe.data import Batch, DataStream, open_data
 from portmoe.data.fingerprint import described
 from portmoe.data.packs import check_data
 from portmoe.errors import ConfigError
@@ -84,7 +84,7 @@ def _labelled(batches: Sequence[Batch]) -> dict[str, int]:
     counts: Counter[int] = Counter()
     for batch in batches:
         counts.update(batch.types_T[batch.labels_T != IGNORED].tolist())
-    return {name: counts[number] for number, name in enumerate(DATA_TYPES)}
+    return {name: counts[number] for number, name in enumerate(batches[0].types)}
 
 
 def _skipped(detail: str) -> Result:

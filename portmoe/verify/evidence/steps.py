@@ -12,7 +12,6 @@ from typing import Any
 from portmoe.config import Config
 from portmoe.config.sections.data import parse_step_ranges
 from portmoe.costs.flops import benchmark_flops_per_token, model_flops_per_token
-from portmoe.data import DATA_TYPES
 from portmoe.record.writers import LOG
 from portmoe.result import Result
 from portmoe.training.schedule import beta2, learning_rate
@@ -118,7 +117,7 @@ def _tokens(
 ) -> Iterator[tuple[str, str]]:
     """Every step takes the same global batch."""
     consumed = record["num_consumed_tokens"]
-    labelled = sum(record.get(f"tokens/{name}") or 0 for name in DATA_TYPES)
+    labelled = sum(_labelled(record).values())
     if labelled > step_tokens:
         yield "tokens", f"{labelled} have a label of {step_tokens} in a step"
     if step_tokens % (config.data.seq_len * config.data.micro_bsz * record["micro_num"]):
@@ -131,7 +130,7 @@ def _tokens(
 def _rates(record: Record, flops: tuple[float, float], step_tokens: int) -> Iterator[tuple[str, str]]:
     """Rates follow from tokens and seconds, and FLOP/s from rates and both counts of a token's."""
     tgs, seconds = record["tgs (tokens/gpu/second)"], record["step_time"]
-    labelled = sum(record.get(f"tokens/{name}") or 0 for name in DATA_TYPES)
+    labelled = sum(_labelled(record).values())
     ranks = step_tokens / (tgs * seconds) if tgs and seconds else math.nan
     if not abs(ranks - round(ranks) if math.isfinite(ranks) else math.nan) < 1e-6 * max(ranks, 1.0):
         yield "tgs", f"{tgs:.6g} tokens a second in {seconds:.6g} s are no share of {step_tokens} tokens"
@@ -151,9 +150,14 @@ def _rates(record: Record, flops: tuple[float, float], step_tokens: int) -> Iter
             yield part, f"it is {record[part]:.6g} s of {record[whole]:.6g} s in {whole}"
 
 
+def _labelled(record: Record) -> dict[str, int]:
+    """Tokens with a label, by the names of the data."""
+    return {key.partition("/")[2]: record[key] or 0 for key in record if key.startswith("tokens/")}
+
+
 def _sums(record: Record) -> Iterator[tuple[str, str]]:
     """Figures that are sums of other ones."""
-    counts = {name: record.get(f"tokens/{name}") or 0 for name in DATA_TYPES}
+    counts = _labelled(record)
     labels = sum(counts.values())
     if labels:
         for key, part in (("loss_from_metric", "loss"), ("acc", "acc")):
