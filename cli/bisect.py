@@ -72,6 +72,6 @@ def bisect(
         report = bisect_report.html(found) if as_page else bisect_report.json(found)
         with written_to(out):
             out.write_text(report, encoding="utf-8")
-    click.echo(bisect_report.what_next(found, backend, config_file))
+    click.echo(bisect_report.what_next(found, backend, config_file, overrides))
     if not found.passed:
         sys.exit(TrainingError.exit_code)

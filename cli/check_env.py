@@ -50,7 +50,7 @@ def check_env(backend: str, as_json: bool, out: Path | None, timeout: float) -> 
     else:
         click.echo(render(report, lambda level, tag: click.style(tag, fg=COLOURS[level])))
         if report.can_train:
-            click.echo(f"next: portmoe validate --backend {backend}")
+            click.echo(f"next: portmoe validate --backend {report.auto}")
     if out is not None:
         with written_to(out):
             out.write_text(html(report), encoding="utf-8")

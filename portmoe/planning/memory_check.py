@@ -61,7 +61,8 @@ def require_memory(config: Config, layout: Layout, accelerator: Accelerator, ran
     needed = state_of_rank(config, layout).total
     shared = accelerator.device.shared
     available = accelerator.memory.total() // (ranks.local_world_size if shared else 1)
-    of_what = f", {ranks.local_world_size} ranks sharing {host_memory()}" if shared else ""
+    here = f"{ranks.local_world_size} ranks sharing " if ranks.local_world_size > 1 else ""
+    of_what = f", {here}{host_memory()}" if shared else ""
     own = process_limit() if shared else None
     if own is not None and own < available:
         available, of_what = own, ", the limit of one process (ulimit -v, -d)"

@@ -1,6 +1,8 @@
 """What the walk found, as text, as a tree for JSON and as a page."""
 
+import shlex
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -68,10 +70,13 @@ def json(found: Bisection) -> str:
     return json_text(as_dict(found), indent=1) + "\n"
 
 
-def what_next(found: Bisection, backend: str, config: str) -> str:
-    """The command that follows, by what was found."""
+def what_next(found: Bisection, backend: str, config: str, overrides: Sequence[str] = ()) -> str:
+    """The command that follows, by what was found; with the settings that were walked."""
     if found.passed:
-        return f"next: portmoe train --backend {backend} --config {config}"
+        settings = [part for override in overrides for part in ("--set", override)]
+        return (
+            f"next: {shlex.join(['portmoe', 'train', '--backend', backend, '--config', config, *settings])}"
+        )
     return f"next: repair what is named, or switch it off, and portmoe bisect --backend {backend} again"
 
 

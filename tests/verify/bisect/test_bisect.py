@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shlex
 from functools import cache
 
 import pytest
@@ -285,7 +286,10 @@ def small(*options):
 def test_the_command(tmp_path, capsys):
     file = tmp_path / "bisect.json"
     assert portmoe(small("--seed", "3", "--out", str(file))) == 0
-    assert "every operation and the whole model agree" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "every operation and the whole model agree" in told
+    settings = shlex.join(small()[3:])
+    assert told.endswith(f"next: portmoe train --backend cpu --config tiny_moe4.yaml {settings}\n")
     report = json.loads(file.read_text())
     assert report["passed"]
     assert report["seed"] == 3
