@@ -16,6 +16,7 @@ LIMIT = (
     "--replay cpu, or another backend"
 )
 STATES = {"pass": "passed", "warn": "to look at", "fail": "failed", "skip": "not made"}
+RULES = ("is ", "are ", "can ", "fits")  # how the names begin that say what holds
 TAGS = {"pass": "PASS", "warn": "WARN", "fail": "FAIL", "skip": "SKIP"}
 
 
@@ -24,7 +25,7 @@ def verdict(found: Verification) -> str:
     if found.failed:
         first = found.failed[0]
         more = f", and {len(found.failed) - 1} more" if len(found.failed) > 1 else ""
-        return f"this is not what a run has written: {_sentence(first)}{more}"
+        return f"this is not what a run has written: {first.subject}{more}"
     if found.replay is not None:
         steps = len(found.replay.recorded.starts)
         return f"nothing contradicts the record, and {steps} of its steps come out alike here"
@@ -84,6 +85,9 @@ def html(found: Verification) -> str:
 
 
 def _sentence(result: Result) -> str:
+    """What was looked at and found; the rule is left out where the detail says what breaks it."""
+    if result.status == "fail" and result.detail and result.name.startswith(RULES):
+        return f"{result.subject}: {result.detail}"
     return f"{result.subject} {result.name}{f': {result.detail}' if result.detail else ''}"
 
 

@@ -115,7 +115,8 @@ def _closest(results: list[Result]) -> str:
     """How many quantities agree, and which of them needs most of its band."""
     measured = [r for r in results if r.status == "pass" and r.needed is not None and r.allowed]
     worst = max(measured, key=lambda r: r.needed / r.allowed, default=None)
-    near = f", closest to its band: {worst.name}, {_figures(worst)}" if worst else ""
+    near = f", closest to its band: {worst.name}, {_figures(worst)}" if worst and worst.needed else ""
+    near = "" if any(result.status == "fail" for result in results) else near
     return f"{_passed(results)} of {len(results)} quantities agree{near}"
 
 

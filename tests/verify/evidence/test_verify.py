@@ -61,7 +61,11 @@ def test_a_doctored_directory_is_named_by_file_and_line_tensor_or_key(doctored, 
     assert not found.passed
     told = [f"{result.subject} {result.name} {result.detail}" for result in found.failed]
     assert any(part in line for line in told for part in place.split("|")), report.text(found)
-    assert "this is not what a run has written" in report.verdict(found)
+    assert report.verdict(found).startswith(f"this is not what a run has written: {found.failed[0].subject}")
+    assert len(report.verdict(found)) < 100  # a headline
+    assert "is as written: " not in "".join(
+        line for line in report.text(found).splitlines() if line.startswith("[FAIL]")
+    )
 
 
 @pytest.mark.parametrize(
