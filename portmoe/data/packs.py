@@ -12,8 +12,9 @@ from portmoe.data.fingerprint import fingerprint
 from portmoe.data.packing import Packing, PackSequence
 from portmoe.data.row_packs import RowPacks
 from portmoe.data.sources.dummy import DummyDataset
-from portmoe.data.sources.opened import Split, open_samples
+from portmoe.data.sources.opened import Split, folders, open_samples
 from portmoe.data.sources.sample import Samples
+from portmoe.data.tokenizing.cache import Told, quiet
 from portmoe.errors import ConfigError
 
 SAMPLES_PER_RANK = 500  # of the dummy data, fixed by the benchmark
@@ -22,8 +23,12 @@ SAMPLES_PER_RANK = 500  # of the dummy data, fixed by the benchmark
 Packs = PackSequence | RowPacks
 
 
-def open_packs(config: Config, size: int, micro_num: int, split: Split = "train") -> Packs:
+def open_packs(
+    config: Config, size: int, micro_num: int, split: Split = "train", told: Told = quiet
+) -> Packs:
     """Open the data of a split for ``size`` data-parallel ranks with ``micro_num`` packs each per step.
+
+    ``told`` hears how far the tokenizing is, where there is any.
 
     Raises ``ConfigError`` where a folder cannot be used, where the vocabulary is too small for the dummy
     data, or where there is nothing to take (with the benchmark's packing: less than fills one step).
@@ -35,7 +40,7 @@ def open_packs(config: Config, size: int, micro_num: int, split: Split = "train"
         samples = [_open_dummy(config, size if split == "train" else 1)]
         check_vocabulary(config, samples[0].max_token, "the dummy data")
     else:
-        samples = open_samples(config, split).samples
+        samples = open_samples(config, split, told).samples
     packs = packed(config, samples)
     pack_len = data.micro_bsz * data.seq_len
     whole_steps = split == "train" and data.packing == "benchmark"
@@ -80,16 +85,25 @@ def split_micro_num(config: Config, micro_num: int, split: Split) -> int:
     return config.data.valid_micro_num
 
 
-def check_data(config: Config, size: int, micro_num: int) -> dict[str, dict[str, Any]]:
+def check_data(config: Config, size: int, micro_num: int, told: Told = quiet) -> dict[str, dict[str, Any]]:
     """Return what the training data is, and the validation data if used, see ``fingerprint``.
 
     Raises the ``ConfigError`` that opening them would.
     """
-    splits: tuple[Split, ...] = ("train", "valid") if config.data.valid_every else ("train",)
     return {
-        split: fingerprint(open_packs(config, size, split_micro_num(config, micro_num, split), split))
-        for split in splits
+        split: fingerprint(open_packs(config, size, split_micro_num(config, micro_num, split), split, told))
+        for split in _splits(config)
     }
+
+
+def bad_samples(config: Config) -> list[str]:
+    """What of the data was left out or cut, and what there is to know of it, a text a split."""
+    said = (open_samples(config, split).said for split in _splits(config) if folders(config, split))
+    return ["\n".join(lines) for lines in said if lines]
+
+
+def _splits(config: Config) -> tuple[Split, ...]:
+    return ("train", "valid") if config.data.valid_every else ("train",)
 
 
 def check_vocabulary(config: Config, largest: int, where: str) -> None:

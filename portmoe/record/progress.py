@@ -3,9 +3,11 @@
 Every command that takes longer than a moment shows itself by this.
 """
 
+import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from types import TracebackType
 
@@ -15,6 +17,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from portmoe.record.terminal import terminal
 
 WIDEST_BAR, NARROWEST_BAR = 30, 8  # characters
 PLAIN_EVERY = 10.0  # seconds between two lines where nothing can be redrawn
@@ -124,6 +128,25 @@ class Progress:
     def _left(self) -> str:
         seconds = self.seconds_left
         return "" if seconds is None else f"{duration(seconds)} left"
+
+
+@contextmanager
+def told_when_due(unit: str, enabled: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """Yield what tells of something that may not happen: the line is there from the first call on.
+
+    Args:
+        enabled: false: calls are heard by nobody, as on all ranks but the first.
+    """
+    with ExitStack() as stack:
+        shown: list[Progress] = []
+
+        def told(now: str, done: int, total: int) -> None:
+            if enabled and not shown:
+                shown.append(stack.enter_context(Progress(terminal(sys.stderr), unit=unit)))
+            for progress in shown:
+                progress(now, done, total)
+
+        yield told
 
 
 def duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ from portmoe.accelerator import Accelerator, get_accelerator
 from portmoe.checkpoint.store import Checkpointer
 from portmoe.config import Config
 from portmoe.config.read import default_model, no_effect_notes
-from portmoe.data import DataStream, check_data, open_data, summary, with_total_steps
+from portmoe.data import DataStream, bad_samples, check_data, open_data, summary, with_total_steps
 from portmoe.errors import TrainingError
 from portmoe.launch import launch
 from portmoe.launch.interrupt import Interrupt
@@ -28,6 +28,7 @@ from portmoe.parallel.stages import describe
 from portmoe.planning.memory_check import offload_note, require_memory
 from portmoe.profiling.spans import marked_operations
 from portmoe.record import provenance
+from portmoe.record.progress import told_when_due
 from portmoe.record.run_directory import ENVIRONMENT, OPERATIONS, Data, RunDirectory
 from portmoe.record.writers import Writers
 from portmoe.training.engine import Engine
@@ -99,7 +100,8 @@ def open_session(
     """
     ranks = detect(launcher)
     layout = Layout.plan(config, ranks.world_size)
-    data = check_data(config, layout.data, layout.micro_num)
+    with told_when_due("parts", enabled=ranks.rank == 0) as told:
+        data = check_data(config, layout.data, layout.micro_num, told)
     config = with_total_steps(config, layout.data, layout.micro_num)
     accelerator = get_accelerator(backend)
     accelerator.device.set_deterministic(config.cudnn_deterministic)
@@ -181,6 +183,7 @@ def _opened(
         )
         for split in splits
     }
+    notes += bad_samples(config)
     if config.data.packing != "benchmark":
         notes.append(f"data: {summary(config, streams['train'].packs, layout.data, layout.micro_num)}")
     return Session(

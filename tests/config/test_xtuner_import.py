@@ -53,6 +53,7 @@ def test_deepseek_v2():
     assert (config.data.seq_len, config.data.micro_bsz, config.data.micro_num) == (2048, 1, 1)
     assert (config.data.packing, config.data.use_varlen_attn) == ("cut", False)
     assert (config.data.num_epochs, config.data.total_steps) == (3, None)
+    assert (config.data.format, config.data.chat_template) == ("alpaca", "deepseek_v2")
     adam = config.adam
     assert (adam.lr, adam.adam_beta1, adam.adam_beta2, adam.weight_decay) == (1e-5, 0.9, 0.999, 0.0)
     assert config.hybrid_zero_optimizer.clip_grad_norm == 1.0
@@ -85,6 +86,25 @@ def test_samples_that_are_not_packed(edited):
     assert (config.config.data.packing, config.config.data.use_varlen_attn) == ("none", True)
     unsaid = edited(MIXTRAL, ", pack_to_max_length=True", "")
     assert import_config(unsaid).config.data.packing == "none"
+
+
+def test_data_of_ones_own_in_their_format(edited):
+    theirs = edited(
+        *(DEEPSEEK, 'path="tatsu-lab/alpaca"', 'path="json", data_files=dict(train="mine.jsonl")'),
+        *(
+            "dataset_map_fn=alpaca_map_fn",
+            "dataset_map_fn=None",
+            "PROMPT_TEMPLATE.deepseek_v2",
+            "PROMPT_TEMPLATE.x",
+        ),
+    )
+    imported = import_config(theirs)
+    data = imported.config.data
+    assert (data.train_folder, data.format, data.chat_template) == ("mine.jsonl", "xtuner", "tokenizer")
+    assert (
+        "knows deepseek_v2, mixtral"
+        in left_out(imported)["train_dataloader.dataset.template_map_fn.template"].why
+    )
 
 
 def test_mixtral():

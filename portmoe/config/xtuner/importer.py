@@ -159,8 +159,8 @@ def _counterpart(leaf: _Leaf) -> tuple[str | None, Any, str | None]:
                 return None, None, f"this is code; {key} knows {', '.join(dict.fromkeys(names.values()))}"
         if key == "data.packing" and isinstance(value, bool):
             value = "cut" if value else "none"
-        if key == "data.chat_template":
-            return None, None, "this is code; the tokenizer's own template holds"
+        if key == "data.format" and value is None:
+            value = "xtuner"  # their own, which needs no mapping
         if key == "ckpt.keep" and value == -1:
             return None, None, "only so many checkpoints are kept; set ckpt.keep"
         if key == "run.seed" and value is None:

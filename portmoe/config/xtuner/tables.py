@@ -32,6 +32,8 @@ KEYS = {
     "train_dataloader.batch_size": "data.micro_bsz",
     "train_dataloader.dataset.max_length": "data.seq_len",
     "train_dataloader.dataset.pack_to_max_length": "data.packing",
+    "train_dataloader.dataset.dataset.data_files": "data.train_folder",
+    "train_dataloader.dataset.dataset.data_files.train": "data.train_folder",
     "train_dataloader.dataset.dataset_map_fn": "data.format",
     "train_dataloader.dataset.template_map_fn.template": "data.chat_template",
     "optim_wrapper.accumulative_counts": "data.micro_num",
@@ -61,9 +63,15 @@ NAMES = {  # of functions, for keys whose value is one
     "data.format": {
         "alpaca_map_fn": "alpaca",
         "alpaca_zh_map_fn": "alpaca",
-        "openai_map_fn": "openai",
+        "openai_map_fn": "messages",
         "pretrain_map_fn": "text",
         "sharegpt_map_fn": "sharegpt",
+    },
+    "data.chat_template": {
+        "deepseek_v2": "deepseek_v2",
+        "mixtral": "mixtral",
+        "internlm2_chat": "internlm2",
+        "qwen_chat": "chatml",
     },
 }
 # With lr_scheduler.warmup_ratio and the parallelism: what holds unless the file says otherwise.

@@ -12,7 +12,7 @@ from portmoe.data.sources.sample import DATA_TYPES, Samples
 from portmoe.data.sources.tokenized import open_folder
 from portmoe.data.text import documents, records
 from portmoe.data.text.parts import parts, where
-from portmoe.data.tokenizing.cache import Told, tokenized
+from portmoe.data.tokenizing.cache import Told, quiet, tokenized
 from portmoe.data.tokenizing.recipe import TEXT, Given, Recipe
 from portmoe.errors import ConfigError
 
@@ -37,7 +37,7 @@ def folders(config: Config, split: Split) -> list[str]:
     return given if isinstance(given, list) else [given] if given is not None else []
 
 
-def open_samples(config: Config, split: Split, told: Told = lambda *_: None) -> Opened:
+def open_samples(config: Config, split: Split, told: Told = quiet) -> Opened:
     """Open what ``data.train_folder`` or ``data.valid_folder`` names, tokenizing it where that was not done.
 
     Raises:

@@ -35,6 +35,10 @@ EMPTY_FILE = "empty file"
 Told = Callable[[str, int, int], None]  # what runs now, how many parts are made, of how many
 
 
+def quiet(now: str, done: int, total: int) -> None:
+    """Tell nobody."""
+
+
 @dataclass(frozen=True)
 class Tokenized:
     """What was made of files.
@@ -52,9 +56,7 @@ class Tokenized:
     notes: dict[str, Any]
 
 
-def tokenized(
-    recipe: Recipe, given: Sequence[Given], cache: str | None, told: Told = lambda *_: None
-) -> Tokenized:
+def tokenized(recipe: Recipe, given: Sequence[Given], cache: str | None, told: Told = quiet) -> Tokenized:
     """What the recipe makes of the files: from the cache, made now, or waited for while another makes it.
 
     Args:
