@@ -71,13 +71,16 @@ def validate(
     prepare(backend)
     import torch
 
+    from portmoe.record.progress import Progress
+    from portmoe.record.terminal import terminal
     from portmoe.verify.backend import reports
     from portmoe.verify.backend.validate import Selection
     from portmoe.verify.backend.validate import validate as run
 
     chosen = [getattr(torch, name) for name in _listed(dtypes)]
     selection = Selection(_listed(only), chosen, quick, seed, timeout)
-    report = run(backend, selection, lambda line: click.echo(line, err=True))
+    with Progress(terminal(sys.stderr), unit="groups", plain_every=None) as progress:
+        report = run(backend, selection, progress.say, progress)
     click.echo(reports.table(report, lambda status, text: click.style(text, fg=COLOURS[status])))
     if out is not None:
         click.echo(", ".join(map(str, reports.write(report, out))))

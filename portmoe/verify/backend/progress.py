@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from portmoe.result import Result
 
 Tell = Callable[[str], None]
+Show = Callable[[str, int, int], None]  # what runs now, how many groups are done, of how many
 MOST_DETAIL = 200  # characters of a failure
 
 
@@ -18,22 +19,29 @@ class Progress:
     Args:
         tell: takes a line.
         groups: their names, in order.
+        show: is told what runs now, more often than ``tell``.
         clock: seconds since any moment.
     """
 
     def __init__(
-        self, tell: Tell, groups: Sequence[str], clock: Callable[[], float] = time.monotonic
+        self,
+        tell: Tell,
+        groups: Sequence[str],
+        show: Show = lambda now, done, total: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._tell, self._groups, self._clock = tell, groups, clock
+        self._tell, self._groups, self._show, self._clock = tell, groups, show, clock
         self._done = self._failed = 0
         self._began = self._group_began = clock()
         self._checks: list[Result] = []
         if groups:
             tell(f"{len(groups)} groups of checks; now {groups[0]}")
+            show(groups[0], 0, len(groups))
 
     def found(self, check: Result) -> None:
         """Count a check; a failure is told at once."""
         self._checks.append(check)
+        self._show(check.subject, self._done, len(self._groups))
         if check.status == "fail":
             self._failed += 1
             self._tell(f"FAIL {check.subject}: {check.name}: {check.detail[:MOST_DETAIL]}")
@@ -47,12 +55,14 @@ class Progress:
         skipped = f", {count['skip']} not supported" if count["skip"] else ""
         name = self._groups[self._done]
         self._done += 1
-        following = f"; now {self._groups[self._done]}" if self._done < len(self._groups) else ""
+        now_runs = self._groups[self._done] if self._done < len(self._groups) else ""
+        following = f"; now {now_runs}" if now_runs else ""
         self._tell(
             f"[{self._done}/{len(self._groups)}] {name}: {count['pass']} passed, {count['fail']} failed"
             f"{skipped} in {now - self._group_began:.1f} s{compiled}; {self._failed} failed so far, "
-            f"{now - self._began:.0f} s{following}"
+            f"after {now - self._began:.0f} s{following}"
         )
+        self._show(now_runs, self._done, len(self._groups))
         self._checks, self._group_began = [], now
 
 

@@ -19,7 +19,7 @@ from portmoe.verify.backend.cases import DTYPES, SHAPES
 from portmoe.verify.backend.collectives import check_collectives
 from portmoe.verify.backend.conformance import check_operation
 from portmoe.verify.backend.pool import check_memory
-from portmoe.verify.backend.progress import Progress, Tell, counted_warnings
+from portmoe.verify.backend.progress import Progress, Show, Tell, counted_warnings
 from portmoe.verify.backend.report import LEFT_OUT, Curve, Report
 from portmoe.verify.runs.training_run import check_training
 
@@ -69,13 +69,16 @@ class Group:
     part: str
 
 
-def validate(backend: str, selection: Selection, tell: Tell) -> Report:
+def validate(
+    backend: str, selection: Selection, tell: Tell, show: Show = lambda now, done, total: None
+) -> Report:
     """Check operations, memory, collectives and a training run of the backend called ``backend``.
 
     An interrupt (Ctrl-C) ends the checks and not the report, which says what was left.
 
     Args:
         tell: is given a line as each group ends, and one for each failure at once.
+        show: is told what runs now, and how many groups are done.
 
     Raises:
         ConfigError: no backend has this name.
@@ -91,7 +94,7 @@ def validate(backend: str, selection: Selection, tell: Tell) -> Report:
     groups = list(_groups(accelerator, device, selection, report.curves))
     chosen = [group for group in groups if selection.why_not(group.name) is None]
     done = 0
-    progress = Progress(tell, [group.name for group in chosen])
+    progress = Progress(tell, [group.name for group in chosen], show)
     report.checks += _unknown(accelerator)
     try:
         with counted_warnings() as report.warnings:

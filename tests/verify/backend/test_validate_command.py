@@ -172,7 +172,7 @@ def checked(status="pass", **more):
 
 
 def test_lines_tell_how_far_it_is_and_failures_come_at_once(monkeypatch):
-    lines, seen = [], []
+    lines, seen, shown = [], [], []
 
     def check_operation(operation, *_):
         yield checked(compiling=2.0)
@@ -182,12 +182,14 @@ def test_lines_tell_how_far_it_is_and_failures_come_at_once(monkeypatch):
 
     monkeypatch.setattr(module, "check_operation", check_operation)
     selection = Selection(only=["rms_norm", "rotary", "memory"], dtypes=[torch.float32])
-    report = module.validate("cpu", selection, lines.append)
+    report = module.validate("cpu", selection, lines.append, lambda *now: shown.append(now))
+    assert shown[:3] == [("rms_norm", 0, 3), ("rotary.fast", 0, 3), ("rotary", 1, 3)]
+    assert shown[-1] == ("", 3, 3)
     assert any(line.startswith("FAIL rotary.fast: values, float32: odd") for line in seen)
     first, rms, _, rotary, memory = lines
     assert first == "3 groups of checks; now rms_norm"
     assert re.fullmatch(
-        r"\[1/3\] rms_norm: 1 passed, 0 failed in .* s, 2\.0 s of it compiling; 0 failed so far, .* s; "
+        r"\[1/3\] rms_norm: 1 passed, 0 failed in .* s, 2\.0 s of it compiling; 0 failed so far, after .* s; "
         "now rotary",
         rms,
     )
