@@ -15,6 +15,7 @@ _HOME = {
     "bad_samples": "packs",
     "check_data": "packs",
     "open_data": "loader",
+    "open_splits": "packs",
     "summary": "length",
     "with_total_steps": "length",
 }
@@ -28,6 +29,7 @@ __all__ = [
     "bad_samples",
     "check_data",
     "open_data",
+    "open_splits",
     "summary",
     "with_total_steps",
 ]

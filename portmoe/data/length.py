@@ -68,14 +68,18 @@ def summary(config: Config, packs: Packs, size: int, micro_num: int) -> PackSumm
     )
 
 
-def with_total_steps(config: Config, size: int, micro_num: int) -> Config:
+def with_total_steps(config: Config, size: int, micro_num: int, packs: Packs | None = None) -> Config:
     """Return the config with ``data.total_steps``, as the epochs of this data make it where they are given.
+
+    ``packs`` is the training data, where it is open already.
 
     Raises ``ConfigError`` where the two do not agree, and as ``open_packs`` does.
     """
     if config.data.num_epochs is None:
         return config
-    steps = _total_steps(config, open_packs(config, size, micro_num), size, micro_num)
+    if packs is None:
+        packs = open_packs(config, size, micro_num)
+    steps = _total_steps(config, packs, size, micro_num)
     return config.model_copy(update={"data": config.data.model_copy(update={"total_steps": steps})})
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from portmoe.config import Config
 from portmoe.data.batch import Batch
-from portmoe.data.packs import Split, check_vocabulary, open_packs, split_micro_num
+from portmoe.data.packs import Packs, Split, check_vocabulary, open_packs, split_micro_num
 from portmoe.data.sources.opened import type_names
 
 
@@ -20,10 +20,18 @@ class DataStream:
     ``equal_segments``: every segment has exactly data.seq_len tokens.
     """
 
-    def __init__(self, config: Config, rank: int, size: int, micro_num: int, split: Split) -> None:
+    def __init__(
+        self,
+        config: Config,
+        rank: int,
+        size: int,
+        micro_num: int,
+        split: Split,
+        packs: Packs | None = None,
+    ) -> None:
         self._config = config
         micro_num = split_micro_num(config, micro_num, split)
-        self.packs = open_packs(config, size, micro_num, split)
+        self.packs = open_packs(config, size, micro_num, split) if packs is None else packs
         self._share = range(rank, micro_num * size, size)  # of the packs that all ranks take at a time
         self._together = micro_num * size
         if split == "train":
@@ -93,11 +101,19 @@ class DataStream:
         return Batch.from_pack(pack, index, self._types)
 
 
-def open_data(config: Config, *, rank: int, size: int, micro_num: int, split: Split = "train") -> DataStream:
+def open_data(
+    config: Config,
+    *,
+    rank: int,
+    size: int,
+    micro_num: int,
+    split: Split = "train",
+    packs: Packs | None = None,
+) -> DataStream:
     """Open what data-parallel rank ``rank`` of ``size`` trains on, or validates on with ``split="valid"``.
 
     ``micro_num`` is the rank's number of micro-batches per training step; validation takes
-    data.valid_micro_num where that is set, and its packs in order. Raises ``ConfigError`` as
-    ``packs.open_packs`` does.
+    data.valid_micro_num where that is set, and its packs in order. ``packs`` are the split's, where they are
+    open already. Raises ``ConfigError`` as ``packs.open_packs`` does.
     """
-    return DataStream(config, rank, size, micro_num, split)
+    return DataStream(config, rank, size, micro_num, split, packs)

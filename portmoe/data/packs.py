@@ -90,8 +90,17 @@ def check_data(config: Config, size: int, micro_num: int, told: Told = quiet) ->
 
     Raises the ``ConfigError`` that opening them would.
     """
+    opened = open_splits(config, size, micro_num, told)
+    return {split: fingerprint(packs) for split, packs in opened.items()}
+
+
+def open_splits(config: Config, size: int, micro_num: int, told: Told = quiet) -> dict[Split, Packs]:
+    """Open the training data, and the validation data if used, as ``open_packs`` does.
+
+    ``micro_num`` is that of a training step.
+    """
     return {
-        split: fingerprint(open_packs(config, size, split_micro_num(config, micro_num, split), split, told))
+        split: open_packs(config, size, split_micro_num(config, micro_num, split), split, told)
         for split in _splits(config)
     }
 

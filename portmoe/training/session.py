@@ -15,7 +15,10 @@ from portmoe.accelerator import Accelerator, get_accelerator
 from portmoe.checkpoint.store import Checkpointer
 from portmoe.config import Config
 from portmoe.config.read import default_model, no_effect_notes
-from portmoe.data import DataStream, bad_samples, check_data, open_data, summary, with_total_steps
+from portmoe.data import DataStream, bad_samples, open_data, open_splits, summary, with_total_steps
+from portmoe.data.fingerprint import fingerprint
+from portmoe.data.packs import Packs
+from portmoe.data.sources.opened import Split
 from portmoe.errors import TrainingError
 from portmoe.launch import launch
 from portmoe.launch.interrupt import Interrupt
@@ -101,8 +104,9 @@ def open_session(
     ranks = detect(launcher)
     layout = Layout.plan(config, ranks.world_size)
     with told_when_due("parts", enabled=ranks.rank == 0) as told:
-        data = check_data(config, layout.data, layout.micro_num, told)
-    config = with_total_steps(config, layout.data, layout.micro_num)
+        packs = open_splits(config, layout.data, layout.micro_num, told)
+    data = {split: fingerprint(one) for split, one in packs.items()}
+    config = with_total_steps(config, layout.data, layout.micro_num, packs["train"])
     accelerator = get_accelerator(backend)
     accelerator.device.set_deterministic(config.cudnn_deterministic)
     accelerator.memory.keep_freed()
@@ -118,7 +122,7 @@ def open_session(
         require_memory(config, layout, accelerator, ranks)
         with ExitStack() as held:
             machine = Machine(accelerator, ranks, layout, device)
-            yield _opened(config, config_name, data, machine, profile, held)
+            yield _opened(config, config_name, packs, data, machine, profile, held)
         for roll_call in roll_calls:
             roll_call.close()
         # Until all have closed what they write: rank 0 may hold the store, and who started the ranks may
@@ -127,7 +131,13 @@ def open_session(
 
 
 def _opened(
-    config: Config, config_name: str, data: Data, machine: Machine, profile: bool, stack: ExitStack
+    config: Config,
+    config_name: str,
+    packs: dict[Split, Packs],
+    data: Data,
+    machine: Machine,
+    profile: bool,
+    stack: ExitStack,
 ) -> Session:
     """The session on a device that is open; what must be closed goes on ``stack``."""
     accelerator, ranks, layout, device = machine.accelerator, machine.ranks, machine.layout, machine.device
@@ -174,18 +184,14 @@ def _opened(
     interrupt.told = partial(_tell, config, writers)
     if interrupt.received:  # while all this was opened
         interrupt.told(interrupt.received)
-    splits = ("train", "valid") if config.data.valid_every else ("train",)
+    place = {"rank": meshes.data_rank, "size": layout.data, "micro_num": layout.micro_num}
     streams = {
-        split: stack.enter_context(
-            open_data(
-                config, rank=meshes.data_rank, size=layout.data, micro_num=layout.micro_num, split=split
-            )
-        )
-        for split in splits
+        split: stack.enter_context(open_data(config, **place, split=split, packs=one))
+        for split, one in packs.items()
     }
     notes += bad_samples(config)
     if config.data.packing != "benchmark":
-        notes.append(f"data: {summary(config, streams['train'].packs, layout.data, layout.micro_num)}")
+        notes.append(f"data: {summary(config, packs['train'], layout.data, layout.micro_num)}")
     return Session(
         config=config,
         config_name=config_name,
