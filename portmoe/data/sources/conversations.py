@@ -32,8 +32,9 @@ class Conversations:
         document_S = text_F[index[:, 4]]
         long_S = (index[:, 2] > seq_len) & ~document_S
         lost_S = long_S & (index[:, 3] >= seq_len)
-        self._add(self.bad, OVERLONG, lost_S, f"no token of the first data.seq_len={seq_len} is learned")
-        self._add(self.notes, TRUNCATED, long_S & ~lost_S, f"it is longer than data.seq_len={seq_len}")
+        limit = f"data.seq_len={seq_len}"
+        self._add(self.bad, OVERLONG, lost_S, f"none of its first {limit} tokens is learned")
+        self._add(self.notes, TRUNCATED, long_S & ~lost_S, f"its end, behind {limit} tokens, is cut off")
         kept = np.flatnonzero(~lost_S)
         pieces = np.where(document_S[kept], -(-index[kept, 2] // seq_len), 1)
         self._row = np.repeat(kept, pieces)

@@ -77,7 +77,7 @@ def _said(key: str, samples: Conversations) -> list[str]:
         lines.append(f"{key}: {count:,} of {samples.records:,} records are left out:")
         lines += [f"  {line}" for line in samples.said(samples.bad)]
     if samples.notes:
-        lines.append(f"{key}: kept as they are:")
+        lines.append(f"{key}: kept, and worth knowing:")
         lines += [f"  {line}" for line in samples.said(samples.notes)]
     return lines
 
