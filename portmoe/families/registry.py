@@ -9,7 +9,7 @@ A family's ``section`` has
 * ``contradictions(config)``, optional: a message for each contradiction between its keys and other sections'.
 
 A family with a format on the hub has a module ``hf`` too; its ``HUB`` says how weights and config lie there.
-A ``<name>.jinja`` beside it is the chat template that goes by this name.
+A ``<name>.jinja`` beside it is the chat template that goes by this name, see ``templates``.
 """
 
 import pkgutil
@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import portmoe.families
@@ -61,13 +60,6 @@ def families() -> dict[str, Family]:
             )
             found[family.model_type] = family
     return dict(sorted(found.items(), key=lambda item: (item[0] != DEFAULT, item[0])))
-
-
-@cache
-def chat_templates() -> dict[str, Path]:
-    """The families' chat templates by name."""
-    folders = map(Path, portmoe.families.__path__)
-    return {path.stem: path for folder in folders for path in sorted(folder.glob("*/*.jinja"))}
 
 
 def _hub(folder: str) -> Hub | None:

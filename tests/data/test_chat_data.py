@@ -16,7 +16,7 @@ from portmoe.data.chat.template import ChatTemplate
 from portmoe.data.sources.opened import open_samples
 from portmoe.data.text.tokenizer import open_tokenizer
 from portmoe.errors import ConfigError
-from portmoe.families.registry import chat_templates
+from portmoe.families.templates import chat_templates
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "

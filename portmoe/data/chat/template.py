@@ -9,7 +9,7 @@ from typing import Any
 
 from portmoe.data.chat.messages import BadSample, Message
 from portmoe.errors import BackendError, ConfigError
-from portmoe.families.registry import chat_templates
+from portmoe.families.templates import chat_templates
 from portmoe.files import json_object
 
 OWN = "tokenizer"  # the name of the tokenizer's own template
