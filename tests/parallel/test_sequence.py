@@ -55,7 +55,7 @@ LAYOUTS = {
         4,
     ),
 }
-FAST = list(LAYOUTS)[:3]
+FAST = list(LAYOUTS)[1:3]
 
 
 def train(directory, overrides) -> int:

@@ -62,7 +62,7 @@ LAYOUTS = {
     "isp2 dp2, weights over 2": (4, [TP2, ISP, WEIGHT2, REPLICAS, NO_EP, *MIXED]),
     "isp2 dp2, moments cut further": (4, [TP2, ISP, WEIGHT2, NO_EP, *MIXED]),
     "isp2 pp2, weights over 2": (4, [TP2, ISP, WEIGHT2, AHEAD, POOL, PP2, *LAYERS4]),
-    "heads over 2, ring of 2": (4, ["parallel.sequence.size=4", "model.num_attention_heads=2", *MIXED]),
+    "heads over 2, ring of 2": (4, ["parallel.sequence.size=4", "model.num_attention_heads=2"]),
     "ring of 2, dp2 bfloat16": (
         4,
         ["parallel.sequence.size=2", "model.num_attention_heads=1", BF16, NO_EP],
