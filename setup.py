@@ -36,6 +36,7 @@ setup(
         "portmoe": ["py.typed"],
         "portmoe.backends.cpu": ["*.c", "*.h"],
         "portmoe.configs": ["*.yaml"],
+        "portmoe.configs.conversations": ["*.jsonl", "train/*", "tokenizer/*"],
         "portmoe.record": ["*.css"],
         "portmoe.verify.runs": ["*.json", "*.yaml"],
     },

@@ -2,23 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
 from portmoe.cli.first_line import announce
-from portmoe.cli.options import run_argument
-
-
-class StepOrBest(click.IntRange):
-    """A number of steps, or the word "best"."""
-
-    def __init__(self) -> None:
-        super().__init__(min=0)
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        """Take the word as it is."""
-        return value if value == "best" else super().convert(value, parameter, context)
+from portmoe.cli.options import StepOrBest, run_argument
 
 
 @click.command()

@@ -63,6 +63,7 @@ class LazyGroup(click.Group):
         "verify": ("portmoe.cli.verify:verify", "Check a run directory that someone else has made."),
         "bisect": ("portmoe.cli.bisect:bisect", "Name the first operation a backend computes wrong."),
         "model": ("portmoe.cli.model:model", "Tell what a folder of the hub is, and what training it takes."),
+        "chat": ("portmoe.cli.chat:chat", "Talk to the model of a run or of a folder."),
         "export": ("portmoe.cli.export:export", "Write a run's weights as a folder of the hub."),
         "check-env": ("portmoe.cli.check_env:check_env", "Check what this machine can train on."),
         "completion": (

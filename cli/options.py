@@ -15,6 +15,17 @@ TINY = "tiny_moe4.yaml"
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
+class StepOrBest(click.IntRange):
+    """A number of steps, or the word "best"."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0)
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        """Take the word as it is."""
+        return value if value == "best" else super().convert(value, parameter, context)
+
+
 def config_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """--config and --set, as ``config_file`` and ``overrides``.
 

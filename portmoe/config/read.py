@@ -20,6 +20,7 @@ from portmoe.errors import ConfigError
 from portmoe.families.registry import families
 
 PACKAGE = "portmoe.configs"
+HERE = "${configs}"  # in a config: the folder of the packaged ones
 
 
 def load_config(path_or_packaged_name: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -46,6 +47,7 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> Confi
         )
     for override in overrides:
         _apply(tree, override)
+    _place(tree)
     tree = completed(tree)
     try:
         return Config.model_validate(tree)
@@ -154,6 +156,18 @@ def _parse(text: str, source: str) -> Any:
         return config_yaml.parse(text)
     except config_yaml.YamlError as error:
         raise ConfigError(f"{source}: not a valid config file: {error}") from None
+
+
+def _place(tree: dict[str, Any]) -> None:
+    """Put the folder of the packaged configs in the place of ``HERE`` in paths of ``tree``."""
+    nodes: list[Any] = [tree]
+    while nodes:  # no recursion: a tree may be deeper than Python lets a function be
+        node = nodes.pop()
+        for key, value in list(node.items() if isinstance(node, dict) else enumerate(node)):
+            if isinstance(value, dict | list):
+                nodes.append(value)
+            elif isinstance(value, str) and value.startswith(HERE):
+                node[key] = str(resources.files(PACKAGE)) + value.removeprefix(HERE)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

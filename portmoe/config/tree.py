@@ -18,7 +18,7 @@ from portmoe.config.sections.optimization import (
     LossConfig,
     LrSchedulerConfig,
 )
-from portmoe.config.sections.run import CheckpointConfig, LogConfig, MonitorConfig, RunConfig
+from portmoe.config.sections.run import CheckpointConfig, EvalConfig, LogConfig, MonitorConfig, RunConfig
 from portmoe.families import registry
 from portmoe.families.architecture import Architecture
 
@@ -72,6 +72,7 @@ class Tree(Section):
     # true: only deterministic kernels, on every backend
     cudnn_deterministic: Annotated[bool, SAME_RUN] = False
     cudnn_benchmark: Annotated[bool, no_effect("there are no convolutions to tune")] = False
+    eval: Annotated[EvalConfig, SAME_RUN] = EvalConfig()
     log: Annotated[LogConfig, SAME_RUN] = LogConfig()
     monitor: Annotated[MonitorConfig, SAME_RUN] = MonitorConfig()
 

@@ -149,15 +149,18 @@ def _of_the_rest(config: "Tree") -> Iterator[Rule]:
     yield (
         data.train_folder is None and data.valid_folder is None,
         "the dummy data is not tokenized",
-        (
-            *("data.format", "data.tokenizer", "data.chat_template", "data.train_on", "data.on_bad_sample"),
-            "data.cache_folder",
-        ),
+        ("data.format", "data.train_on", "data.on_bad_sample", "data.cache_folder"),
     )
     yield (
-        data.format == "text",
+        data.train_folder is None and data.valid_folder is None and not config.eval.prompts,
+        "the dummy data is not tokenized, and there are no eval.prompts",
+        ("data.tokenizer", "data.chat_template"),
+    )
+    yield (data.format == "text", "data.format is 'text': every token is learned", ("data.train_on",))
+    yield (
+        data.format == "text" and not config.eval.prompts,
         "data.format is 'text': every token is learned",
-        ("data.chat_template", "data.train_on"),
+        ("data.chat_template",),
     )
     yield (
         data.packing == "benchmark",
@@ -174,6 +177,7 @@ def _of_the_rest(config: "Tree") -> Iterator[Rule]:
         "ckpt.enable_save_ckpt is false: the steps of ckpt.keep_steps are saved, and kept",
         ("ckpt.checkpoint_every", "ckpt.keep"),
     )
+    yield (not config.eval.prompts, "there are no eval.prompts", ("eval.every", "eval.max_tokens"))
     yield (
         config.beta2_scheduler.init_beta2 is not None,
         "beta2_scheduler.init_beta2 goes before it",

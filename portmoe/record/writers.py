@@ -6,11 +6,13 @@ All of it is written by one rank. Whatever the disk refuses becomes a ``Training
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from portmoe.record import answers as of_answers
+from portmoe.record.answers import ANSWERS, Answer
 from portmoe.record.appended import AppendedFile, disk
 from portmoe.record.chain import CHAIN, Chain
 from portmoe.record.console import Console
@@ -69,6 +71,7 @@ class Writers:
             plain_every=plain_every,
         )
         drop_steps_from(directory / METRICS, first_step)
+        drop_steps_from(directory / ANSWERS, first_step + 1)  # those of ``first_step`` came before it
         with disk(directory / CHAIN):
             self._chain = Chain(directory)
             self._chain.start(first_step, _now())
@@ -103,6 +106,15 @@ class Writers:
         problem = self._events.add(record)
         if problem:
             self.note(problem)
+
+    def answers(self, step: int, answers: Sequence[Answer]) -> None:
+        """Write what the model answers after so many steps."""
+        if not self._enabled or not answers:
+            return
+        file = AppendedFile(self._directory / ANSWERS)
+        file.append(of_answers.to_json(step, answers))
+        file.close()
+        self.note(of_answers.to_text(step, answers))
 
     def checkpoint(self, step: int, state_file: Path) -> None:
         """Chain a whole checkpoint to the run's record, also after ``close``; on the rank that writes."""

@@ -1,7 +1,5 @@
 """A run's weights in the hub's format: the folder they come from, and the folders they go to."""
 
-import shutil
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,12 +12,11 @@ import torch.distributed as dist
 from portmoe.checkpoint.agreement import agree, on_first_rank
 from portmoe.checkpoint.folder import complete_steps, folder_of
 from portmoe.checkpoint.hub_export import export as stream
-from portmoe.checkpoint.hub_files import DTYPES, NAMES, HubFolder, read_folder, require
+from portmoe.checkpoint.hub_files import DTYPES, HubFolder, read_folder, require
 from portmoe.checkpoint.hub_layout import shapes
 from portmoe.checkpoint.hub_read import fill
 from portmoe.checkpoint.hub_write import Target, write
 from portmoe.checkpoint.store import best_step
-from portmoe.checkpoint.upkeep import clear
 from portmoe.config import Config
 from portmoe.config.pretrained import CONFIG, architecture_keys, completed, read_json, read_pretrained
 from portmoe.config.read import load_config
@@ -28,19 +25,13 @@ from portmoe.errors import ConfigError
 from portmoe.families.architecture import Architecture
 from portmoe.families.hub import Hub, Made
 from portmoe.families.registry import families
-from portmoe.files import json_text, write_whole
+from portmoe.files import json_text
 from portmoe.model.precision import compute_dtype
 from portmoe.record.run_directory import CONFIG as RUN_CONFIG
 from portmoe.record.run_directory import checkpoints_of
+from portmoe.training.beside import KEPT_DTYPES, keep, kept_files, token_ids
 from portmoe.training.engine import Engine
 
-KEPT = "pretrained"  # in a run directory: what the folder of model.from_pretrained has beside its weights
-KEPT_DTYPES = "dtypes.json"
-BESIDE = (
-    *("config.json", "generation_config.json", "*.py"),  # the code that config.json may name, as text
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*"),
-    *("*.model", "*.tiktoken", "LICENSE*", "NOTICE*"),
-)
 BEST = "best"  # in place of a step
 PREFIX = "model."  # of the parameters among an engine's tensors
 
@@ -107,20 +98,6 @@ class Weights:
         agree(group, lambda: fill(tensors, self.made, self.folder))
         engine.take({PREFIX + name: tensor for name, tensor in tensors.items()})
 
-    def keep_beside(self, run: Path) -> None:
-        """Copy what an export will carry over into the run directory: the folder may be gone by then."""
-        kept = run / KEPT
-        clear(kept)  # another run may have been here
-        kept.mkdir()
-        for pattern in BESIDE:
-            for path in self.folder.path.glob(pattern):
-                if path.is_file():
-                    shutil.copyfile(path, kept / path.name)
-        dtypes = {name: NAMES[array.dtype] for name, array in self.folder.tensors.items()}
-        ((most, _),) = Counter(dtypes.values()).most_common(1)
-        others = {name: dtype for name, dtype in dtypes.items() if dtype != most}
-        write_whole(kept / KEPT_DTYPES, json_text({"most": most, "others": others}, indent=1))
-
 
 def require_folder(config: Config, rank: int, broadcast: Callable[[Any], Any]) -> None:
     """Look at the folder of ``model.from_pretrained``, if any, before memory is taken for its model.
@@ -153,7 +130,7 @@ def begin_at_folder(config: Config, run: Path, engine: Engine, group: dist.Proce
     found: list[Weights] = []
     agree(group, lambda: found.append(Weights.of(config)))
     (weights,) = found
-    on_first_rank(group, lambda: weights.keep_beside(run))
+    on_first_rank(group, lambda: keep(config, run, weights.folder))
     weights.load(engine, group)
 
 
@@ -166,20 +143,20 @@ def target(config: Config, run: Path, final: Path, dtype: str | None = None) -> 
     Raises:
         ConfigError: the family has no format on the hub.
     """
-    hub, kept = hub_of(config), run / KEPT
+    hub, beside = hub_of(config), dict(kept_files(run))
     tensors = shapes(made_of(config), parameter_shapes(config))
     asked = dtype or config.ckpt.export_dtype
     most = compute_dtype(config.model) if asked is None else getattr(torch, asked)
     others: dict[str, str] = {}
     if config.model.from_pretrained is None:
-        beside = {CONFIG: json_text(_config_json(config, hub, most), indent=2) + "\n"}
+        content = _config_json(config, hub, most) | token_ids(run)
+        beside[CONFIG] = json_text(content, indent=2) + "\n"
     else:
-        source = read_json(kept / KEPT_DTYPES)
-        beside = {path.name: path for path in sorted(kept.iterdir()) if path.name != KEPT_DTYPES}
+        source = read_json(beside.pop(KEPT_DTYPES))
         if asked is None:
             most, others = DTYPES[source["most"]], source["others"]
         else:
-            beside[CONFIG] = _with_dtype(read_json(kept / CONFIG), asked)
+            beside[CONFIG] = _with_dtype(read_json(beside[CONFIG]), asked)
     dtypes = {name: DTYPES[others[name]] if name in others else most for name in tensors}
     return Target(final, tensors, dtypes, beside)
 
@@ -218,6 +195,23 @@ def export_run(
     config = load_config(run / RUN_CONFIG)
     made = made_of(config)
     checkpoints = checkpoints_of(run, config)
+    chosen = step_of(checkpoints, step)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {str(out)!r} exists and is not empty; give another folder")
+    checkpoint = folder_of(checkpoints, chosen)
+    stream(checkpoint, target(config, run, out, dtype), parameter_shapes(config), made, progress)
+    return chosen
+
+
+def step_of(checkpoints: Path, step: int | str | None) -> int:
+    """The step of a checkpoint in a run's folder of them: None: of the newest.
+
+    Args:
+        step: also ``BEST``.
+
+    Raises:
+        ConfigError: there is no such checkpoint.
+    """
     steps = complete_steps(checkpoints)
     if step == BEST and (step := best_step(checkpoints)) is None:
         raise ConfigError(f"{checkpoints} has no best one: train with ckpt.keep_best, or give --step N")
@@ -225,12 +219,7 @@ def export_run(
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         there = f"; there are {', '.join(map(str, steps))}" if steps else ""
         raise ConfigError(f"{checkpoints} holds {wanted}{there}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {str(out)!r} exists and is not empty; give another folder")
-    chosen = steps[-1] if step is None else step
-    checkpoint = folder_of(checkpoints, chosen)
-    stream(checkpoint, target(config, run, out, dtype), parameter_shapes(config), made, progress)
-    return chosen
+    return steps[-1] if step is None else step
 
 
 def _parameters(engine: Engine) -> dict[str, torch.Tensor]:

@@ -34,6 +34,7 @@ from portmoe.record import provenance
 from portmoe.record.progress import told_when_due
 from portmoe.record.run_directory import ENVIRONMENT, OPERATIONS, Data, RunDirectory
 from portmoe.record.writers import Writers
+from portmoe.training.answers import Questions
 from portmoe.training.engine import Engine
 from portmoe.training.engines import build_engine
 from portmoe.training.hub import require_folder
@@ -65,6 +66,7 @@ class Session:
         world: a CPU process group of all ranks, for metrics.
         progress: where the run stands; the trainer moves it on.
         valid: None where ``data.valid_every`` is 0.
+        questions: None where ``eval.prompts`` is empty, or cannot be asked.
         interrupt: whether this rank was asked to stop.
         notes: what the person at the terminal is to know before the first step.
     """
@@ -82,6 +84,7 @@ class Session:
     writers: Writers
     train: DataStream
     valid: DataStream | None
+    questions: Questions | None
     interrupt: Interrupt
     notes: tuple[str, ...]
 
@@ -166,6 +169,12 @@ def _opened(
     checkpointer.best = progress.best_step
     if config.run.twin and not (run.resuming and progress.step):
         begin_apart(engine, config)
+    questions = Questions.of(config, layout, world)
+    if config.eval.prompts and questions is None:
+        notes.append(
+            "eval.prompts are not asked while this run goes on: a pipeline has no pass for it; ask its "
+            f"checkpoints or hf_model by `portmoe chat {run.path}`"
+        )
     run.write_json(ENVIRONMENT, {**provenance.describe(accelerator, layout.world), "data": data})
     run.write_json(OPERATIONS, ops.record())
     writers = Writers(
@@ -206,6 +215,7 @@ def _opened(
         writers=writers,
         train=streams["train"],
         valid=streams.get("valid"),
+        questions=questions,
         interrupt=interrupt,
         notes=tuple(notes),
     )

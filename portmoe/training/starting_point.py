@@ -7,12 +7,14 @@ from typing import Any
 
 import torch.distributed as dist
 
+from portmoe.checkpoint.agreement import on_first_rank
 from portmoe.checkpoint.store import Checkpointer, folder_of, read
 from portmoe.config import Config
 from portmoe.data.fingerprint import described
 from portmoe.errors import ConfigError
 from portmoe.parallel.layout import Layout
 from portmoe.record.run_directory import Data, RunDirectory, changed_data
+from portmoe.training.beside import keep
 from portmoe.training.engine import Engine
 from portmoe.training.hub import begin_at_folder
 from portmoe.training.schedule import learning_rate
@@ -67,6 +69,8 @@ def starting_point(
     if config.model.from_pretrained is not None:
         log(f"starting from the weights of {config.model.from_pretrained}")
         begin_at_folder(config, run.path, engine, group)
+    else:
+        on_first_rank(group, lambda: keep(config, run.path, None))
     source = config.ckpt.load_ckpt_info
     if source is None or source.path is None:
         return Progress(global_batch=layout.global_batch_sequences)

@@ -70,14 +70,18 @@ class Trainer:
         The last thing done is a checkpoint, where checkpoints are enabled and the state is worth one.
         """
         ckpt, total, stop = self._config.ckpt, self._config.data.total_steps, 0
-        if not self.progress.step and 0 in ckpt.keep_steps:
-            self._save()
+        if not self.progress.step:
+            self._ask()
+            if 0 in ckpt.keep_steps:
+                self._save()
         while self.progress.step < total and not stop and not self._divergence.reached:
             if any(self.progress.step in passed for passed in self._passed_over):
                 self.progress.step += 1
             else:
                 stop = self._trained_step(throughput)
             step = self.progress.step
+            if not stop:
+                self._ask()
             due = ckpt.enable_save_ckpt and step % ckpt.checkpoint_every == 0
             if due or step in ckpt.keep_steps or self._lowest is not None:
                 self._save()
@@ -180,6 +184,13 @@ class Trainer:
         if self._config.ckpt.keep_best and loss < (math.inf if before is None else before):
             self._lowest = loss
         return figures
+
+    def _ask(self) -> None:
+        """Put the prompts to the model where that is due: before a save, so that a run goes on behind it."""
+        questions, step = self._session.questions, self.progress.step
+        if questions is None or not questions.due(step, self._config.data.total_steps):
+            return
+        self._session.writers.answers(step, questions.ask(self._engine, self._session.world))
 
     def _save(self) -> None:
         """Save what is not saved yet, unless it is worth less than what is."""

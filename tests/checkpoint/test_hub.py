@@ -16,6 +16,7 @@ from portmoe.data.batch import Batch
 from portmoe.model import Decoder
 from portmoe.ops import Segments
 from portmoe.training import hub
+from portmoe.training.beside import keep
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -92,7 +93,7 @@ def test_a_folder_gives_the_librarys_logits_and_goes_out_as_it_came(variant, fol
     torch.testing.assert_close(logits(decoder), theirs(model), rtol=1e-5, atol=1e-5)
     run, out = tmp_path / "run", tmp_path / "run" / "hf_model"
     run.mkdir()
-    weights.keep_beside(run)
+    keep(config, run, weights.folder)
     write(hub.target(config, run, out), dict(decoder.named_parameters()), weights.made, one_rank)
     assert_identical(tensors(out), tensors(path))
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
@@ -139,7 +140,7 @@ def test_each_tensor_keeps_the_dtype_of_its_source(folder, tmp_path, one_rank):
     assert torch.equal(
         decoder.layers["1"].moe.experts.w2[3], source["model.layers.1.mlp.experts.3.down_proj.weight"]
     )
-    weights.keep_beside(tmp_path)
+    keep(config, tmp_path, weights.folder)
     parameters = dict(decoder.named_parameters())
     write(hub.target(config, tmp_path, tmp_path / "out"), parameters, weights.made, one_rank)
     assert_identical(tensors(tmp_path / "out"), {n: v for n, v in source.items() if n not in auxiliary})
@@ -160,7 +161,7 @@ def test_files_of_five_gigabytes_have_an_index_that_the_library_reads(
     _, path = folder("mixtral")
     config, decoder, weights = load(path)
     monkeypatch.setattr(hub_files, "FILE_BYTES", 30_000)
-    weights.keep_beside(tmp_path)
+    keep(config, tmp_path, weights.folder)
     write(
         hub.target(config, tmp_path, tmp_path / "out"),
         dict(decoder.named_parameters()),

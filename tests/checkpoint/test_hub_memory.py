@@ -97,6 +97,7 @@ def in_and_out(folder, run, overrides):
     from portmoe.parallel.layout import Layout
     from portmoe.parallel.mesh import build_meshes
     from portmoe.training import hub
+    from portmoe.training.beside import keep
     from portmoe.training.hub import Weights, target, write
 
     ranks = detect("torchrun")
@@ -111,7 +112,7 @@ def in_and_out(folder, run, overrides):
         fill(parameters, weights.made, weights.folder)
     if ranks.rank == 0:
         (run / "config.yaml").write_text(dump_config(config))
-        weights.keep_beside(run)
+        keep(config, run, weights.folder)
     dist.barrier()
     with Grown() as writing:
         write(target(config, run, run / "hf_model"), parameters, weights.made, group)

@@ -26,6 +26,7 @@ SAME_RUN = [
     "data.on_bad_sample",
     "data.cache_folder",
     "run.name",
+    "eval",
     "log",
     "lr_scheduler.total_steps",
     "model.from_pretrained",  # a folder: what it holds is the architecture's keys and the weights

@@ -63,6 +63,14 @@ class CheckpointConfig(Section):
         return self.enable_save_ckpt or bool(self.keep_steps)
 
 
+class EvalConfig(Section):
+    """Prompts that the model is asked while it is trained, and answers greedily; they change no number."""
+
+    prompts: list[Path] | Path = Field([])  # texts, or a file with one a line
+    every: Positive = 25  # steps; also before the first and after the last
+    max_tokens: Positive = 128  # of an answer
+
+
 class LogConfig(Section):
     """What is shown while a run goes on. train.log has the benchmark's line of every step in any case."""
 
