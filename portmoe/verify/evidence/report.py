@@ -51,6 +51,7 @@ def write(found: Verification, out: Path) -> None:
         "verdict": verdict(found),
         "run": str(found.path),
         "replayed": found.replay is not None,
+        "provenance": of_report(),
         "results": [{key: getattr(result, key) for key in RECORDED} for result in found.results],
     }
     write_all(out, {JSON: json_text(record, indent=1, words=True) + "\n", PAGE: html(found)})

@@ -62,6 +62,7 @@ def write(found: Replay, out: Path) -> None:
         "backend": found.made.backend,
         "ranks": found.made.ranks,
         "dtype": found.made.config.model.dtype,
+        "provenance": of_report(),
         "steps": list(found.recorded.starts.values()),
         "results": [{key: getattr(result, key) for key in RECORDED} for result in found.results],
     }

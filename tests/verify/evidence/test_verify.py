@@ -169,6 +169,7 @@ def test_the_command_writes_its_reports(doctored, tmp_path):
     assert f"this is not what a run has written: {STEP}/__0_0.distcp" in done.output.splitlines()[-1]
     written = json.loads((tmp_path / "out/verify.json").read_text())
     assert not written["passed"]
+    assert {"date", "host", "command", "portmoe", "commit"} <= written["provenance"].keys()
     assert "its checksum is wrong" in (tmp_path / "out/verify.html").read_text()
     with pytest.raises(ConfigError, match=r"neither config\.yaml nor metrics\.jsonl"):
         verify(tmp_path / "out")

@@ -155,7 +155,9 @@ def test_the_command_writes_its_reports_and_ends_with_4_where_a_step_differs(rec
     assert "[PASS] step 9" in done.output
     assert "step 5 differs from the record, first in: loss" in done.output.splitlines()[-2]
     assert f"next: portmoe bisect --backend cpu --config {run}/config.yaml" in done.output.splitlines()[-1]
-    assert json.loads((out / "replay.json").read_text())["steps"] == [5, 9]
+    stored = json.loads((out / "replay.json").read_text())
+    assert stored["steps"] == [5, 9]
+    assert {"date", "host", "command", "portmoe", "commit"} <= stored["provenance"].keys()
     page = (out / "replay.html").read_text()
     assert "differs from the record" in page
     assert "http" not in page.partition("</style>")[2].replace("http://www.w3.org", "")
