@@ -7,6 +7,7 @@ import torch
 
 from portmoe.accelerator import Operations
 from portmoe.backends.cuda import tutel
+from portmoe.backends.cuda.attention import ATTENTION_FLASH
 from portmoe.backends.cuda.varlen import ATTENTION_VARLEN
 from portmoe.backends.torch import ops as torch_ops
 from portmoe.backends.triton import liger
@@ -24,7 +25,7 @@ class CudaOperations(Operations):
     def implementations(self) -> Sequence[Implementation]:
         torchs = (GROUPED_MM if i is torch_ops.EXPERT_FFN_GROUPED_MM else i for i in torch_ops.ALL)
         optional = (tutel.DISPATCH, tutel.COMBINE, liger.RMS_NORM, liger.CROSS_ENTROPY)
-        return [tutel.GATING, *TRITON, ATTENTION_VARLEN, *torchs, *optional]
+        return [tutel.GATING, *TRITON, ATTENTION_VARLEN, ATTENTION_FLASH, *torchs, *optional]
 
 
 def _grouped_mm_supports(workload: Workload) -> str | None:

@@ -46,14 +46,8 @@ def supports(workload: Workload) -> str | None:
     """None if the flash kernel can take unequal segments of these heads, otherwise why not."""
     if workload.equal_segments:
         return "segments of one length go to sdpa as a batch"
-    if workload.dtype not in (torch.bfloat16, torch.float16):
-        return f"flash attention has no {workload.dtype}"
-    widest = max(workload.head_dim, workload.value_dim or 0)
-    if widest > WIDEST_HEAD or widest % HEAD_MULTIPLE:
-        return (
-            f"the head dimension is {widest}, and allowed are multiples of {HEAD_MULTIPLE} "
-            f"up to {WIDEST_HEAD}"
-        )
+    if lacking := flash_takes(workload):
+        return lacking
     try:
         from torch.nn.attention.varlen import varlen_attn
     except Exception as error:
@@ -63,6 +57,19 @@ def supports(workload: Workload) -> str | None:
         needed.add("enable_gqa")
     if lacking := needed - signature(varlen_attn).parameters.keys():
         return f"varlen_attn of torch {torch.__version__} has no {' and no '.join(sorted(lacking))}"
+    return None
+
+
+def flash_takes(workload: Workload, spare: int = 0) -> str | None:
+    """None if flash attention has these heads on this GPU, with so many columns to spare, else why not."""
+    if workload.dtype not in (torch.bfloat16, torch.float16):
+        return f"flash attention has no {workload.dtype}"
+    widest = max(workload.head_dim, workload.value_dim or 0)
+    if widest > WIDEST_HEAD - spare or widest % HEAD_MULTIPLE:
+        return (
+            f"the head dimension is {widest}, and allowed are multiples of {HEAD_MULTIPLE} "
+            f"up to {WIDEST_HEAD - spare}"
+        )
     if (
         workload.device.type == "cuda"
         and torch.cuda.get_device_capability(workload.device) < OLDEST_CAPABILITY

@@ -10,6 +10,7 @@ from agreement import assert_agrees, workload
 from torch.nn.attention import varlen as torch_varlen
 
 from portmoe import load_config
+from portmoe.backends.cuda import attention as flash
 from portmoe.backends.cuda import tutel, varlen
 from portmoe.backends.cuda.ops import CudaOperations
 from portmoe.backends.triton import liger
@@ -167,6 +168,73 @@ def test_what_varlen_does_not_take(changes, reason):
     fitting = {"dtype": torch.bfloat16, "equal_segments": False}
     assert varlen.supports(workload(**fitting)) is None
     assert reason in varlen.supports(workload(**(fitting | changes)))
+
+
+def flash_standins():
+    """The two operations by their own schemas, and the kernel for hosts inside."""
+    aten = torch.ops.aten
+    schemas = [flash.FORWARD.default._schema, flash.BACKWARD.default._schema]
+
+    def bound(schema, args, kwargs):
+        names = [argument.name for argument in schema.arguments]
+        return dict(zip(names, args, strict=False)) | kwargs
+
+    def forward(*args, **kwargs):
+        a = bound(schemas[0], args, kwargs)
+        assert (a["dropout_p"], a["is_causal"], a["return_debug_mask"]) == (0.0, True, False)
+        out, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(
+            a["query"], a["key"], a["value"], 0.0, True, scale=a["scale"]
+        )
+        return out, log_sum, "ends of q", "ends of k", 7, 8, "seed", "offset", None
+
+    def backward(*args, **kwargs):
+        a = bound(schemas[1], args, kwargs)
+        assert (a["cum_seq_q"], a["cum_seq_k"], a["max_q"], a["max_k"]) == ("ends of q", "ends of k", 7, 8)
+        assert (a["philox_seed"], a["philox_offset"], a["is_causal"]) == ("seed", "offset", True)
+        assert a["query"].shape[-1] % 8 == 0
+        tensors = (a[name] for name in ("grad_out", "query", "key", "value", "out", "logsumexp"))
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *tensors, a["dropout_p"], True, scale=a["scale"]
+        )
+
+    return forward, backward
+
+
+def test_flash_computes_the_same_with_its_log_sum(monkeypatch):
+    forward, backward = flash_standins()
+    monkeypatch.setattr(flash, "FORWARD", forward)
+    monkeypatch.setattr(flash, "BACKWARD", backward)
+    unequal = {"tokens": 7, "seq_len": 3, "equal_segments": False}
+    for dtype in DTYPES:
+        for changes in (
+            {},
+            unequal,
+            unequal | {"heads": 4, "kv_heads": 2},
+            {"head_dim": 24, "value_dim": 16},
+        ):
+            shapes = workload(dtype, log_sum=True, **changes)
+            assert_agrees(flash.ATTENTION_FLASH.function, OPERATIONS["attention"], shapes)
+
+
+def test_flash_is_called_as_this_torch_wants_it():
+    """The real operations on tensors without memory, which check the arguments and their types."""
+    leaves = [torch.empty(5, 2, 8, dtype=torch.bfloat16, device="meta").requires_grad_() for _ in range(3)]
+    segments = Segments((0, 1, 5))
+    out, log_sum = flash.ATTENTION_FLASH.function(*leaves, segments, 0.3, log_sum=True)
+    assert (out.shape, log_sum.shape, log_sum.dtype) == ((5, 2, 8), (5, 2), torch.float32)
+    for gradient in torch.autograd.grad(out.float().sum() + log_sum.sum(), leaves):
+        assert gradient.shape == (5, 2, 8)
+
+
+def test_what_flash_does_not_take():
+    fitting = {"dtype": torch.bfloat16, "log_sum": True}
+    assert flash.supports(workload(**fitting)) is None
+    for changes, reason in (
+        ({"log_sum": False}, "a ring of ranks"),
+        ({"dtype": torch.float32}, "no torch.float32"),
+        ({"head_dim": 256}, "up to 248"),  # its backward pass needs columns to spare
+    ):
+        assert reason in flash.supports(workload(**(fitting | changes)))
 
 
 def test_an_old_torchs_varlen_is_not_used(monkeypatch):
