@@ -1,4 +1,4 @@
-"""``portmoe data``: data sets of one's own."""
+"""``portmoe data``: data of one's own."""
 
 import os
 import shlex
@@ -7,10 +7,14 @@ from pathlib import Path
 
 import click
 
+from portmoe.cli.options import config_options
+from portmoe.cli.ranks import MOST_RANKS
+from portmoe.errors import written_to
+
 
 @click.group()
 def data() -> None:
-    """Make a data set of your own text."""
+    """Look at your own conversations and text, and make a data set of text."""
 
 
 @data.command()
@@ -56,3 +60,54 @@ def tokenize(files: tuple[Path, ...], tokenizer: str, out: Path, jobs: int | Non
     keys = {"data.train_folder": str(out), "model.vocab_size": str(made.vocabulary)}
     settings = " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in keys.items())
     click.echo(f"next: portmoe train --config CONFIG {settings}")
+
+
+@data.command()
+@config_options
+@click.option(
+    "--samples",
+    type=click.IntRange(0, 1000),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="How many samples to show, spread over the data.",
+)
+@click.option(
+    "--world-size",
+    type=click.IntRange(1, MOST_RANKS),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Number of ranks that the steps are counted for.",
+)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    metavar="FILE",
+    help="Write it as a page, too: FILE.html.",
+)
+def preview(
+    config_file: str, overrides: tuple[str, ...], samples: int, world_size: int, out: Path | None
+) -> None:
+    """Show the training data of a config as the model will see them, without training.
+
+    Some samples with what is learned marked, the samples' lengths, how full the packs are, how many steps an
+    epoch takes, and what is left out or cut, by file and line. What it tokenizes, training finds in the
+    cache.
+    """
+    from portmoe.config.read import load_config
+    from portmoe.files import write_whole
+    from portmoe.planning import preview as preview_of
+    from portmoe.planning import preview_report
+    from portmoe.record.progress import told_when_due
+    from portmoe.record.terminal import terminal
+
+    with told_when_due("parts") as told:
+        found = preview_of.preview(load_config(config_file, overrides), world_size, samples, told)
+    preview_report.told(found, terminal())
+    if out is not None:
+        with written_to(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(out, preview_report.html(found, config_file))
+        click.echo(str(out))

@@ -124,6 +124,12 @@ def code(text: str) -> str:
     return f"<pre><code>{escape(text)}</code></pre>"
 
 
+def marked(runs: Sequence[tuple[str, bool]]) -> str:
+    """Return text as ``code`` does, some runs of it marked."""
+    parts = (f"<mark>{escape(text)}</mark>" if mark else escape(text) for text, mark in runs)
+    return f"<pre><code>{''.join(parts)}</code></pre>"
+
+
 def facts(pairs: Sequence[tuple[str, str]]) -> str:
     """Return names and values side by side."""
     cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in pairs)

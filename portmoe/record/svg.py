@@ -73,6 +73,29 @@ def lines(
     )
 
 
+def columns(title: str, names: Sequence[str], counts: Sequence[int]) -> str:
+    """Return how many of each there are as columns, under a heading; the first and the last are named."""
+    most = max(counts, default=0) or 1
+    width = (WIDTH - LEFT - RIGHT) / max(1, len(counts))
+    full = HEIGHT - TOP - BOTTOM
+    parts = [_text(LEFT - 5, TOP + 8, _figure(most), "end"), _text(LEFT - 5, HEIGHT - BOTTOM, "0", "end")]
+    for number, count in enumerate(counts):
+        high = full * count / most
+        parts.append(
+            f'<rect class="column" x="{LEFT + number * width + 1:.1f}" y="{HEIGHT - BOTTOM - high:.1f}" '
+            f'width="{width - 2:.1f}" height="{high:.1f}"/>'
+        )
+    if names:
+        parts.append(_text(LEFT, HEIGHT - 6, names[0], "start"))
+        parts.append(_text(WIDTH - RIGHT, HEIGHT - 6, names[-1], "end"))
+    words = "; ".join(f"{name}: {count}" for name, count in zip(names, counts, strict=True))
+    return (
+        f"<figure><figcaption>{escape(title)}</figcaption>"
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(f"{title}, {words}")}">{"".join(parts)}</svg></figure>'
+    )
+
+
 def _key(kind: str, name: str) -> str:
     line = f'<line class="key {kind}" x2="26" y1="4" y2="4"/>'
     return f'<span class="key"><svg aria-hidden="true">{line}</svg>{escape(name)}</span>'
