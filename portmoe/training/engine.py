@@ -87,16 +87,18 @@ class Engine(ABC):
             measure: tell how far each parameter moved.
         """
         scale = self.loss_scale.scale
-        weight = dict(
-            zip((b.index for b in batches), weights(self._config.loss, batches, self._world), strict=True)
-        )
+        counted = weights(self._config.loss, self._balance.over, batches, self._world)
+        weight = {batch.index: of_batch for batch, of_batch in zip(batches, counted, strict=True)}
         batches = [batch.to(self._device, non_blocking=True) for batch in batches]
         metrics = StepMetrics(self._experts, batches)
 
         def objective(batch: Batch, output: DecoderOutput | StageOutput) -> torch.Tensor | None:
-            loss = mean_loss(output, batch)
+            loss, counts = mean_loss(output, batch), weight[batch.index]
             if loss is not None:
-                loss = loss * weight[batch.index]
+                loss = loss * counts.loss
+                output = output._replace(
+                    aux_loss=output.aux_loss * counts.balance, z_loss=output.z_loss * counts.z
+                )
             metrics.add(batch, output, loss)
             if loss is None:
                 return None

@@ -17,6 +17,7 @@ from portmoe.data import open_data
 from portmoe.errors import ConfigError
 from portmoe.verify.evidence.verify import verify
 
+MIXTRAL, DEEPSEEK = "tiny_mixtral", "tiny_deepseek_v2"
 SEQ_LEN, BATCH = 32, 12
 SAMPLES, HELD_OUT = conversations(90, SEQ_LEN, 448, seed=1), conversations(61, SEQ_LEN, 448, seed=2)
 SMALL = [
@@ -36,20 +37,20 @@ def folders(tmp_path_factory):
     return [f"data.train_folder={train}", f"data.valid_folder={valid}"]
 
 
-def trained(directory, overrides):
+def trained(directory, overrides, family=MIXTRAL):
     """One rank's part of a run."""
     from portmoe.training.run import train
 
-    train(load_config("tiny_mixtral", [*overrides, f"run.directory={directory}"]), "tiny", "cpu", "torchrun")
+    train(load_config(family, [*overrides, f"run.directory={directory}"]), "tiny", "cpu", "torchrun")
 
 
 @pytest.fixture(scope="module")
 def run(world, folders, tmp_path_factory):
     """``run(ranks, *overrides)``: the records, and the directory."""
 
-    def of(ranks, *overrides, directory=None):
+    def of(ranks, *overrides, directory=None, family=MIXTRAL):
         directory = directory or tmp_path_factory.mktemp("packed") / "run"
-        world(ranks).call(trained, directory, [*SMALL, *folders, *overrides])
+        world(ranks).call(trained, directory, [*SMALL, *folders, *overrides], family)
         return records(directory), directory
 
     return of
@@ -123,6 +124,25 @@ def test_wider_micro_batches_have_the_same_labels_and_loss(run, alone):
         assert ours["tokens/en"] == theirs["tokens/en"]
     assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-6)
     assert found[0]["grad_norm/default"] == pytest.approx(expected[0]["grad_norm/default"], rel=1e-5)
+
+
+def test_a_step_of_samples_packed_is_that_of_samples_one_by_one(run):
+    """With an auxiliary loss for each sample and the routers' z-loss: the same loss, gradients and both."""
+    of_samples = [
+        *("data.valid_every=0", "data.num_epochs=1", "moe.aux_loss=model", "model.aux_loss_alpha=0.1"),
+        *("model.moe_intermediate_size=16", "model.kv_lora_rank=10", "loss.z_loss_coeff=0.01"),
+    ]
+    rows = best_fit(SAMPLES)
+    found = [
+        run(1, *of_samples, f"data.packing={packing}", f"data.global_batch_size={batch}", family=DEEPSEEK)[0]
+        for packing, batch in (("whole", rows), ("none", len(SAMPLES)))
+    ]
+    (packed,), (one_by_one,) = found
+    assert packed["tokens/en"] == one_by_one["tokens/en"]
+    assert packed["padding_share"] < 0.1 < one_by_one["padding_share"]
+    for key in ("loss", "moe_loss", *(key for key in packed if key.startswith("grad_norm/"))):
+        assert packed[key] == pytest.approx(one_by_one[key], rel=2e-6), key
+        assert packed[key] > 0
 
 
 def test_each_epoch_of_a_stream_has_every_sample_once(folders):
