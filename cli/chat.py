@@ -31,15 +31,28 @@ ANEW = "/new"
 )
 @click.option(
     "--temperature",
-    type=click.FloatRange(0.0, 100.0),
+    type=click.FloatRange(0, 100),
+    metavar="T",
     default=0.0,
     show_default=True,
     help="0: always the likeliest token; else drawn, the higher the less likely ones.",
 )
 @click.option(
-    "--max-tokens", type=click.IntRange(1, 2**20), default=512, show_default=True, help="Of an answer."
+    "--max-tokens",
+    type=click.IntRange(1, 2**20),
+    metavar="N",
+    default=512,
+    show_default=True,
+    help="Of an answer.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the draws.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    metavar="N",
+    default=0,
+    show_default=True,
+    help="Of the draws.",
+)
 @click.option(
     "--step",
     type=StepOrBest(),

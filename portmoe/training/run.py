@@ -16,7 +16,9 @@ from portmoe.config.read import load_config
 from portmoe.costs.flops import benchmark_flops_per_token, model_flops_per_token
 from portmoe.costs.parameters import count_parameters
 from portmoe.costs.step_cost import step_cost
+from portmoe.data.text.tokenizer import BYTES
 from portmoe.errors import ConfigError, TrainingError
+from portmoe.families.registry import families
 from portmoe.launch.placement import gather_places, placement
 from portmoe.model.precision import compute_dtype
 from portmoe.parallel.workload import share_of
@@ -121,17 +123,19 @@ def _trained(session: Session, profile: bool) -> tuple[Ending, bool | None]:
         reason,
         machine.layout.world,
         again=typed if goes_on else None,
-        follows=_follows(config, session.run.path) if state == "finished" else (),
+        follows=what_follows(config, session.run.path) if state == "finished" else (),
     )
     session.writers.conclude(summary.text)
     return ending, summary.verdict and summary.verdict.accepted
 
 
-def _follows(config: Config, run: Path) -> tuple[str, ...]:
-    """What a finished run is for: figures to file, or weights to take elsewhere."""
+def what_follows(config: Config, run: Path) -> tuple[str, ...]:
+    """What a finished run is for: figures to file, or a model to talk to and to take elsewhere."""
     path = shlex.quote(str(run))
-    if config.model.from_pretrained and config.ckpt.enable_save_ckpt:
-        return (f"portmoe export {path} --out FOLDER",)
+    if config.ckpt.enable_save_ckpt and families()[config.model_type].hub:
+        tokenizer = config.data.tokenizer or config.model.from_pretrained
+        talk = (f"portmoe chat {path}",) if tokenizer and str(tokenizer) != BYTES else ()
+        return (*talk, f"portmoe export {path} --out FOLDER")
     return (f"portmoe report {path}",) if of_the_benchmark(config) else ()
 
 

@@ -3,11 +3,15 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from run_portmoe import arguments, environment, losses, records, run
 from zygote import portmoe
+
+from portmoe.config.read import load_config
+from portmoe.training.run import what_follows
 
 # The command, and what of torch's compiler it has imported.
 WATCHED = """
@@ -105,6 +109,23 @@ def test_a_finished_run_is_not_trained_again(finished):
 def test_more_steps_continue_a_finished_run(finished):
     metrics = run(finished, data__total_steps=8, ckpt__enable_save_ckpt=True, lr_scheduler__total_steps=6)
     assert [record["step"] for record in metrics] == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("config", "keys", "commands"),
+    [
+        (
+            "tiny_mixtral_chat_full_facts_e3",
+            [],
+            ["portmoe chat 'a run'", "portmoe export 'a run' --out FOLDER"],
+        ),
+        ("tiny_mixtral", ["data.tokenizer=bytes"], ["portmoe export 'a run' --out FOLDER"]),
+        ("7b_moe4", ["data.total_steps=60"], ["portmoe report 'a run'"]),
+        ("tiny_moe4", [], []),
+    ],
+)
+def test_what_a_finished_run_is_for(config, keys, commands):
+    assert list(what_follows(load_config(config, keys), Path("a run"))) == commands
 
 
 def test_steps_passed_over_are_not_trained(tmp_path):
