@@ -12,7 +12,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SINGLE, DIALOGUES, HELD_OUT = "train/single.json", "train/dialogues.jsonl", "held_out.jsonl"
 TOKENIZER = "tokenizer"
-SEED, NUMBER_OF_DIALOGUES, VOCABULARY = 1024, 500, 1024
+SEED, NUMBER_OF_DIALOGUES, VOCABULARY = 1024, 700, 1024
 BEGIN, END = "<s>", "</s>"
 
 CAPITALS = """
