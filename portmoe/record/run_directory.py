@@ -1,10 +1,10 @@
 """Where a run lives: choosing the directory, holding it, and the files written once.
 
-A run directory holds ``config.yaml`` (resolved), ``environment.json``, ``ops.json``,
-``metrics.jsonl``, its ``chain.jsonl``, ``train.log``, ``checkpoints/`` and, with ``eval.prompts``,
-``answers.jsonl``; ``status.json`` says how far the run is: running, finished, stopped (by a signal, its state
-saved where that is enabled), aborted (by a second Ctrl-C), diverged or failed. ``.lock`` is held by rank 0 for as long as the run lives: a run that is "running"
-and not held was killed.
+A run directory holds ``config.yaml`` (resolved), ``environment.json``, ``ops.json``, ``metrics.jsonl``, its
+``chain.jsonl``, ``train.log``, ``checkpoints/`` and, with ``eval.prompts``, ``answers.jsonl``.
+``status.json`` says how far the run is: running, finished, stopped (by a signal, its state saved where that
+is enabled), aborted (by a second Ctrl-C), diverged or failed. ``.lock`` is held by rank 0 for as long as the
+run lives: a run that is "running" and not held was killed.
 """
 
 import json

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from layout_keys import FSDP, ISP, MSP, NO_EP, PP2, TP2
-from worlds import records
+from worlds import World, records
 
 from portmoe.config.read import PACKAGE, load_config
 from portmoe.record.answers import ANSWERS, Answer
@@ -82,6 +82,19 @@ def test_every_layout_answers_alike(layout, alone, world, tmp_path):
     world(ranks).call(train, tmp_path / "run", [*SMALL, *ASKED, *keys])
     assert answers(tmp_path / "run") == alone
     assert "  > Hello" in (tmp_path / "run" / "train.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_deepspeed_answers_alike(stage, alone, tmp_path):
+    pytest.importorskip("deepspeed")
+    keys = ["trainer.engine=deepspeed", f"trainer.deepspeed.zero_stage={stage}", "parallel.expert.size=1"]
+    world = World(2)  # DeepSpeed keeps what it knows of a world for a process's life
+    try:
+        world.call(train, tmp_path / "run", [*SMALL, *ASKED, *keys])
+    finally:
+        world.end()
+    assert answers(tmp_path / "run") == alone
 
 
 def test_training_computes_the_same_bits(world, tmp_path):
