@@ -156,6 +156,11 @@ def _of_the_rest(config: "Tree") -> Iterator[Rule]:
         "the dummy data is not tokenized, and there are no eval.prompts",
         ("data.tokenizer", "data.chat_template"),
     )
+    yield (
+        data.format != "auto" and data.train_folder is not None,
+        f"it is about tokenized .bin files, and data.format={data.format!r}",
+        ("data.min_length",),
+    )
     yield (data.format == "text", "data.format is 'text': every token is learned", ("data.train_on",))
     yield (
         data.format == "text" and not config.eval.prompts,

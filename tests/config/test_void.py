@@ -47,6 +47,12 @@ def noted(**sections):
         ({"data": {"valid_micro_num": 3, "valid_every": 5}}, set()),
         ({"data": {"train_folder": "/x", "num_samples": 9, "min_length": 3}}, {"data.num_samples"}),
         ({"data": {"min_length": 3}}, {"data.min_length"}),
+        ({"data": {"train_on": "all", "tokenizer": "/t"}}, {"data.train_on", "data.tokenizer"}),
+        ({"data": {"train_folder": "/x", "train_on": "all", "tokenizer": "/t"}}, set()),
+        (
+            {"data": {"train_folder": "/x", "format": "text", "train_on": "all", "min_length": 3}},
+            {"data.train_on", "data.min_length"},
+        ),
         ({"ckpt": {"keep": 5}}, {"ckpt.keep"}),
         ({"ckpt": {"keep": 5, "enable_save_ckpt": True}}, set()),
         ({"beta2_scheduler": {"init_beta2": 0.9}, "adam": {"adam_beta2": 0.8}}, {"adam.adam_beta2"}),

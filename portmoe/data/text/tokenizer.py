@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,28 +49,34 @@ class FromFile:
 
     def __init__(self, content: str, special: Mapping[str, str], said: str) -> None:
         try:
-            from tokenizers import Tokenizer as Fast
-            from tokenizers.processors import TemplateProcessing
+            self.fast, self.vocabulary = _parsed(content)
         except ImportError as error:
             raise BackendError(
                 f"{said} needs the package tokenizers ({error}); pip install tokenizers, or use {BYTES}"
             ) from error
-        try:
-            self.fast = Fast.from_str(content)
         except Exception as error:  # the package raises Exception itself
             raise ConfigError(f"{said} is no {FILE} that can be read: {error!s:.200}") from error
-        # Others add tokens, or take spaces from the places of tokens.
-        self.fast.post_processor = TemplateProcessing(single="$A", special_tokens=[])
-        self.fast.no_truncation()
-        self.fast.no_padding()
         self.special = special
         name = special.get("eos_token")
         self.end = self.fast.token_to_id(name) if name else None
-        self.vocabulary = max(self.fast.get_vocab(with_added_tokens=True).values()) + 1
         self.identity = f"{hashlib.sha256(content.encode('utf-8')).hexdigest()[:32]} end {self.end}"
 
     def encode(self, text: str) -> list[int]:
         return self.fast.encode(text, add_special_tokens=False).ids
+
+
+@lru_cache(maxsize=2)
+def _parsed(content: str) -> tuple[Any, int]:
+    """The tokenizer in a file, and its number of tokens; large ones take a good part of a second."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers.processors import TemplateProcessing
+
+    fast = Fast.from_str(content)
+    # Other processors add tokens, or take spaces from the places of tokens.
+    fast.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    fast.no_truncation()
+    fast.no_padding()
+    return fast, max(fast.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def open_tokenizer(name: str, key: str = "--tokenizer") -> Tokenizer:
