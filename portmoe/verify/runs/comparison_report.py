@@ -12,6 +12,7 @@ from portmoe.verify.runs.comparison import Comparison, Judged
 from portmoe.verify.runs.distribution import Figure
 from portmoe.verify.runs.recorded import Run
 
+UNSEEN = "unseen"
 COLUMNS = ("quantity", "largest deviation", "allowed", "leaves the band at step", "later steps")
 
 
@@ -58,7 +59,7 @@ def judged_how(found: Comparison) -> list[tuple[str, str]]:
             ("judged", one_by_one + rest),
         ]
         if rest:
-            ways.append(("unseen", f"everything from step {steps[until]} on. {_how_to_twin(found.first)}"))
+            ways.append((UNSEEN, f"everything from step {steps[until]} on. {_how_to_twin(found.first)}"))
         return ways
     growth = (
         "rounding shows nowhere in the loss"
@@ -84,7 +85,7 @@ def judged_how(found: Comparison) -> list[tuple[str, str]]:
                 "judged",
                 f"{one_by_one}; {rest} are not judged: {too_little}",
             ),
-            ("unseen", f"everything from step {steps[until]} on"),
+            (UNSEEN, f"everything from step {steps[until]} on"),
         ]
     figures = ", ".join(f"{f.name} loss {100 * math.expm1(f.allowed):.0f} %" for f in later)
     ways.append(
@@ -93,7 +94,7 @@ def judged_how(found: Comparison) -> list[tuple[str, str]]:
             f"{one_by_one}, by bands that follow the twins; {rest} as a distribution",
         )
     )
-    ways.append(("unseen", f"from step {steps[until]} on, what moves the losses by less than: {figures}"))
+    ways.append((UNSEEN, f"from step {steps[until]} on, what moves the losses by less than: {figures}"))
     return ways
 
 
@@ -153,7 +154,7 @@ def html(found: Comparison) -> str:
     names = (found.first.backend, found.second.backend)
     if names[0] == names[1]:
         names = (found.first.path.name, found.second.path.name)
-    loss = found.loss
+    loss, ways = found.loss, judged_how(found)
     outside = [j for j in found.quantities if not j.passed]
     layers = [j for j in found.quantities if "layer" in j.distance.label]
     others = sorted((j for j in found.quantities if j not in layers), key=lambda j: j.passed)
@@ -164,7 +165,7 @@ def html(found: Comparison) -> str:
                 ("first", found.first.name),
                 ("second", found.second.name),
                 ("steps in common", f"{len(found.steps)}: {found.steps[0]} … {found.steps[-1]}"),
-                *judged_how(found),
+                *((name, said) for name, said in ways if name != UNSEEN),
                 *(("acceptance", said) for said in _acceptance(found)),
                 ("quantities that agree", f"{of_each[True]} of {len(found.quantities)}"),
                 ("loss, largest relative deviation", f"{loss.largest:.2e}"),
@@ -173,7 +174,7 @@ def html(found: Comparison) -> str:
             ]
         ),
         *([page.table(COLUMNS, [_row(j, to=True) for j in outside])] if outside else []),
-        *map(page.paragraph, found.notes),
+        *map(page.paragraph, (*(f"Unseen: {said}." for name, said in ways if name == UNSEEN), *found.notes)),
     ]
     curves = [plot for j in others for plot in _plots(j, found, names)]
     sections = [
