@@ -174,7 +174,13 @@ def html(found: Comparison) -> str:
             ]
         ),
         *([page.table(COLUMNS, [_row(j, to=True) for j in outside])] if outside else []),
-        *map(page.paragraph, (*(f"Unseen: {said}." for name, said in ways if name == UNSEEN), *found.notes)),
+        *map(
+            page.paragraph,
+            (
+                *(f"Unseen: {said}." for name, said in ways if name == UNSEEN),
+                *map(page.sentence, found.notes),
+            ),
+        ),
     ]
     curves = [plot for j in others for plot in _plots(j, found, names)]
     sections = [
