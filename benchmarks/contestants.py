@@ -11,6 +11,7 @@ import platform
 import resource
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import pairwise
@@ -203,8 +204,10 @@ def _serve(pipe: Connection, task: Task, way: Way, rank: int, store: Path) -> No
     except EOFError:  # the table is done
         return
     except Exception as error:
-        pipe.recv()
         pipe.send(Step(failure=_said(error)))
+        with suppress(EOFError):  # an answer is only had from a process that is there
+            while True:
+                pipe.recv()
 
 
 def _hand_back_freed(device: torch.device) -> None:

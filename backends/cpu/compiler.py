@@ -27,12 +27,15 @@ FLAGS = (
 )
 TIMEOUT = 120  # seconds; the compiler takes a fraction of one
 COUNT, NUMBER, ADDRESS, THREADS = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
+ATTENTION = (COUNT, ADDRESS, *[COUNT] * 5, NUMBER, ctypes.c_int, ADDRESS)  # sizes, scale, type and strides
 ARGUMENTS = {
     "swiglu_backward_float32": (COUNT, *[ADDRESS] * 5, THREADS),
     "swiglu_backward_bfloat16": (COUNT, COUNT, *[ADDRESS] * 7, THREADS),
     "transpose_bfloat16": (COUNT, COUNT, *[ADDRESS] * 2, THREADS),
     "cross_entropy_gradients_float32": (*[COUNT] * 3, NUMBER, NUMBER, *[ADDRESS] * 5, THREADS),
     "cross_entropy_gradients_bfloat16": (*[COUNT] * 3, NUMBER, NUMBER, *[ADDRESS] * 6, THREADS),
+    "attention": (*ATTENTION, *[ADDRESS] * 6, COUNT, THREADS),
+    "attention_backward": (*ATTENTION, *[ADDRESS] * 11, COUNT, THREADS),
     "choices_of_rows": (COUNT, COUNT, *[ADDRESS] * 2),
     "copy_to_rows": (*[COUNT] * 3, *[ADDRESS] * 3, THREADS),
 }

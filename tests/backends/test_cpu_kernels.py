@@ -1,16 +1,20 @@
 """The compiled kernels between the experts' products against float64, and what happens without a compiler."""
 
 import _ctypes
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as functional
 from agreement import workload
 
+from portmoe.backends.cpu import attention as compiled_attention
 from portmoe.backends.cpu import compiler
 from portmoe.backends.cpu import expert_ffn as compiled_expert_ffn
 from portmoe.backends.cpu import router as compiled_router
 from portmoe.backends.cpu import rows as compiled_rows
+from portmoe.ops import Segments
 
 needs_compiler = pytest.mark.skipif(isinstance(compiler.kernels(), str), reason=str(compiler.kernels()))
 
@@ -30,6 +34,41 @@ def fresh_kernels(monkeypatch, tmp_path):
     compiler.kernels.cache_clear()
     yield tmp_path
     compiler.kernels.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("offsets", [(0, 1, 64, 128, 193, 194, 330), (0, 330)], ids=["packed", "one"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+def test_attention_over_several_squares(offsets, dtype, tolerance):
+    """Of heads that lie apart and share keys, with the gradient of log Σ exp, against torch's in float64."""
+    generator, tokens, scale = torch.Generator().manual_seed(0), offsets[-1], 0.2
+    wide = torch.randn(tokens, 4, 24 + 24 + 20, generator=generator).to(dtype)
+    q, k, v = wide.split((24, 24, 20), -1)
+    leaves = [t.requires_grad_() for t in (q.detach(), k.detach()[:, :2], v.detach()[:, 1:3])]
+    out, log_sum = compiled_attention.compiled(*leaves, Segments(offsets), scale, log_sum=True)
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    outs, sums = [], []
+    for start, end in pairwise(offsets):
+        q, k, v = (t[start:end].transpose(0, 1) for t in doubles)
+        k, v = (t.repeat_interleave(2, 0) for t in (k, v))
+        outs.append(functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale))
+        hidden = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
+        sums.append((q @ k.transpose(1, 2) * scale).masked_fill(hidden, -torch.inf).logsumexp(-1))
+    expected = [torch.cat(parts, 1).transpose(0, 1) for parts in (outs, sums)]
+    grads = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in (out, log_sum)]
+    found = torch.autograd.grad((out, log_sum), leaves, grads)
+    right = torch.autograd.grad(expected, doubles, [grad.double() for grad in grads])
+    for a, b in zip((out, log_sum, *found), (*expected, *right), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+
+
+@needs_compiler
+def test_attention_passes_on_what_is_no_number():
+    q, k, v = (torch.randn(70, 1, 8) for _ in range(3))
+    q[66] = torch.nan
+    out = compiled_attention.compiled(q, k, v, Segments((0, 70)), 0.3)
+    assert out.isnan().flatten(1).any(1).nonzero().flatten().tolist() == [66]
 
 
 def drawn(rows, width, dtype, seed):

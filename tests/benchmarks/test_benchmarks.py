@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -106,16 +107,36 @@ def test_finetune(run):
     assert rows[0]["ours peak MiB a rank"] < 500
 
 
-def test_finetune_says_what_it_cannot(monkeypatch):
-    """Memory that was not there, and a process that ended, are words in their row."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    finetune, contestants = map(importlib.import_module, ("finetune", "contestants"))
-    row = finetune.Row("tiny_mixtral", (), 64, True, 1)
-    for failure in (contestants.OUT_OF_MEMORY, "the process has ended"):
-        steps = [contestants.Step(seconds=1.0), contestants.Step(failure=failure)]
-        assert finetune._figures("ours", steps, row) == {"ours tokens/s a rank": failure}
-    allocator = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to …")
-    assert contestants._said(allocator) == contestants.OUT_OF_MEMORY
+def test_finetune_says_what_it_cannot(finetune, monkeypatch):
+    """A step that finds no memory is answered with words, and so is every later one."""
+    contestants, task = finetune
+
+    class Large:
+        def __init__(self, *_):
+            self._steps = iter([1.0, 2.0])
+
+        def step(self):
+            for loss in self._steps:
+                return loss
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to …")
+
+    monkeypatch.setattr(contestants, "Theirs", Large)
+    monkeypatch.setattr(contestants.resource, "setrlimit", lambda *_: None)
+    here, there = contestants.multiprocessing.Pipe()
+    way = contestants.Way("theirs", ours=False)
+    serving = Thread(target=contestants._serve, args=(there, task("tiny_mixtral", True), way, 0, None))
+    serving.start()
+    answers = []
+    for _ in range(3):
+        here.send(None)
+        assert here.poll(20), "no answer"
+        answers.append(here.recv())
+    here.close()
+    serving.join(20)
+    assert not serving.is_alive()
+    assert [answer.failure for answer in answers] == [None, None, contestants.OUT_OF_MEMORY]
+    figures = importlib.import_module("finetune")._figures("theirs", answers, None)
+    assert figures == {"theirs tokens/s a rank": contestants.OUT_OF_MEMORY}
     assert contestants._said(ValueError("x\ny")) == "ValueError: x"
 
 

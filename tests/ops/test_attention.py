@@ -7,18 +7,22 @@ import pytest
 import torch
 from agreement import workload
 
+from portmoe.backends.cpu import compiler
 from portmoe.backends.cpu.attention import ALL as OF_THE_CPU
 from portmoe.backends.torch import ops as torch_ops
 from portmoe.config import Config
 from portmoe.families.internlm_moe.section import ModelConfig
 from portmoe.ops import OPERATIONS, Implementation, Segments, attention, choose
 
-FLASH = OF_THE_CPU[0]
+COMPILED, FLASH = OF_THE_CPU
 FUNCTIONS = {
     "reference": attention,
     "sdpa": torch_ops.ATTENTION_SDPA.function,
     "flash": FLASH.function,
 }
+if not isinstance(compiler.kernels(), str):
+    FUNCTIONS["compiled"] = COMPILED.function
+WITH_LOG_SUM = {name: function for name, function in FUNCTIONS.items() if name != "sdpa"}
 OFFSETS = [(0, 1), (0, 12), (0, 4, 8, 12), (0, 1, 2, 3), (0, 1, 4, 11, 12), (0, 5, 10, 13), (0, 2, 9, 11, 18)]
 
 
@@ -86,7 +90,7 @@ def test_grouped_heads_and_values_of_another_width(function, offsets, widths, he
             torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("function", [attention, FLASH.function], ids=["reference", "flash"])
+@pytest.mark.parametrize("function", WITH_LOG_SUM.values(), ids=WITH_LOG_SUM)
 @pytest.mark.parametrize("offsets", [(0, 12), (0, 4, 8, 12), (0, 1, 4, 11, 12)], ids=str)
 @pytest.mark.parametrize("sizes", [(2, 2, 8), (6, 2, 5), (4, 1, 11)], ids=str)
 def test_the_logarithm_of_the_sum_and_its_gradients(function, offsets, sizes):

@@ -20,7 +20,8 @@ STEPS = 10
 KEPT = ("ckpt.keep_steps=[0,5,9]", f"data.total_steps={STEPS}")
 # None of the CPU's own implementations: another computer, as far as rounding goes.
 PLAIN = (
-    *("attention.sdpa", "rms_norm.torch", "swiglu.silu", "cross_entropy.chunked", "router.lean"),
+    *("attention.compiled", "attention.sdpa", "rms_norm.torch", "swiglu.silu", "cross_entropy.chunked"),
+    "router.lean",
     *("dispatch.gather", "combine.gather", "expert_ffn.loop", "adamw.fused", "adamw.foreach"),
 )
 
