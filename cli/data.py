@@ -41,9 +41,10 @@ def data() -> None:
 def tokenize(files: tuple[Path, ...], tokenizer: str, out: Path, jobs: int | None) -> None:
     """Make a folder for the key data.train_folder of files of text, or of all those below folders.
 
-    A file that ends in .jsonl has a document a line, {"text": "…"}; any other is one document of UTF-8. A
-    part of a file's name that is en, cn or code tells its kind in the log. Stopped and started again, the
-    same command goes on; the folder is there once it is complete.
+    A file that ends in .jsonl has a document a line, {"text": "…"}, one in .parquet a document a row, a .json
+    that is named an array of them; any other is one document of UTF-8. A part of a file's name that is en, cn
+    or code tells its kind in the log. Stopped and started again, the same command goes on; the folder is
+    there once it is complete.
     """
     from portmoe.data.text.make import make
     from portmoe.record.progress import Progress

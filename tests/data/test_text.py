@@ -154,3 +154,15 @@ def test_a_tokenizer_that_is_none_is_named(book, tmp_path, monkeypatch, tokenize
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=said):
         made(book, tmp_path / "set", tokenizer=tokenizer)
+
+
+def test_other_files_than_text_in_a_folder_are_passed_over_and_read_where_they_are_named(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "settings.json").write_text('{"depth": 3}')
+    (tmp_path / "texts" / "a.txt").write_text("abc")
+    array = tmp_path / "array.json"
+    array.write_text('[{"text": "d"},\n {"text": "e"}]')
+    progress = {"jobs": 1, "progress": lambda *told: None}
+    told = make.make([tmp_path / "texts", array], "bytes", tmp_path / "set", **progress)
+    assert (told.files, told.samples) == (2, 3)
+    assert sorted(map(text_of, samples(tmp_path / "set"))) == ["abc", "d", "e"]

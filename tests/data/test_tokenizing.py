@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,8 @@ def test_what_a_killed_process_made_is_kept(settings, whole, tmp_path, kills):
             if number % 2:
                 rank.kill()  # alone: the processes it started end by themselves
             else:
-                os.killpg(rank.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it had ended
+                    os.killpg(rank.pid, signal.SIGKILL)
             rank.wait()
         counts.append(len(made(tmp_path)))
         if list(tmp_path.glob("*/whole.json")):

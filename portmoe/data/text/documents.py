@@ -5,7 +5,7 @@ A reader is a function from a part to pieces of documents; a format is a reader 
 
 import codecs
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -69,6 +69,8 @@ def objects(part: Part) -> Iterator[Piece]:
 
 
 PLAIN: Mapping[str, Reader] = {".txt": plain, ".md": plain, ".text": plain}
+# What folders of text hold: other .json files lie there too, and are read where they are named.
+OF_FOLDERS = (*PLAIN, ".jsonl", ".parquet")
 READERS: Mapping[str, Reader] = {**PLAIN, **dict.fromkeys(records.READERS, objects)}
 
 
@@ -93,8 +95,8 @@ def read_sound(part: Part) -> Iterator[Piece]:
         yield piece
 
 
-def files(given: Iterable[Path]) -> list[Path]:
-    """The files given, and those of a known ending below the folders given, in the order of their names.
+def files(given: Iterable[Path], endings: Collection[str] = READERS) -> list[Path]:
+    """The files given, and those with one of ``endings`` below the folders given, in order of their names.
 
     Raises:
         ConfigError: one does not exist, or there is none.
@@ -102,14 +104,14 @@ def files(given: Iterable[Path]) -> list[Path]:
     found: list[Path] = []
     for path in given:
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in READERS and p.is_file())
+            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in endings and p.is_file())
         elif path.is_file():
             found.append(path)
         else:
             raise ConfigError(f"{str(path)!r} is neither a file nor a folder; name files of text")
     if not found:
         raise ConfigError(
-            f"no file of text in {', '.join(map(str, given))}: those that end in {', '.join(READERS)} are "
+            f"no file of text in {', '.join(map(str, given))}: those that end in {', '.join(endings)} are "
             "read"
         )
     return list(dict.fromkeys(found))

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from portmoe.data.text.documents import files, read_sound
+from portmoe.data.text.documents import OF_FOLDERS, files, read_sound
 from portmoe.data.text.parts import Part, parts
 from portmoe.data.text.tokenizer import Tokenizer, open_tokenizer
 from portmoe.errors import ConfigError
@@ -60,7 +60,7 @@ def make(
         ConfigError: a file cannot be read, or the folder holds something else.
         BackendError: the tokenizer needs a package that is missing.
     """
-    opened, found = open_tokenizer(tokenizer), files(given)
+    opened, found = open_tokenizer(tokenizer), files(given, OF_FOLDERS)
     source = {
         "tokenizer": opened.identity,
         "files": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in found],

@@ -78,10 +78,9 @@ def tokenized(recipe: Recipe, given: Sequence[Given], cache: str | None, told: T
                 return found
             with _locked(folder) as held:
                 if held and not _whole(folder):
+                    for left in folder.glob("*.partial") if held == ALONE else ():  # of killed processes
+                        left.unlink(missing_ok=True)
                     _make(recipe, maker, given, folder, told)
-                    if held == ALONE:
-                        for left in folder.glob("*.partial"):  # of processes that were killed
-                            left.unlink(missing_ok=True)
             if not held:
                 told("another process tokenizes", *_progress(folder))
                 time.sleep(WAIT)

@@ -5,6 +5,7 @@ is, and ends when its parent is gone: nobody writes to it then.
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -101,8 +102,14 @@ def _serve() -> None:
             write_part(maker, Given(part.path, told["form"]), part, Path(told["folder"]), told["number"])
         except errors.PortmoeError as error:
             answer = {"error": type(error).__name__, "message": str(error)}
+        except OSError as error:
+            said = f"{error.filename} cannot be written ({error.strerror}); give data.cache_folder room"
+            answer = {"error": errors.ConfigError.__name__, "message": said}
         print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
-    _serve()
+    try:
+        _serve()
+    except (BrokenPipeError, KeyboardInterrupt):  # the parent is gone, or ends this one
+        os._exit(1)
