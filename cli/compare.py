@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from portmoe.cli.first_line import announce
 from portmoe.cli.options import run_argument
 from portmoe.errors import TrainingError, written_to
 
@@ -37,6 +38,7 @@ def compare(first: Path, second: Path, out: Path | None, twins: tuple[Path, ...]
     compared one by one, beyond as a distribution; without twins only the first steps are. Ends with exit
     code 4 if the runs are further apart than rounding explains.
     """
+    announce(f"compare {first} with {second}", loads_torch=False)
     from portmoe.verify.runs import comparison_report
     from portmoe.verify.runs.comparison import compare as compare_runs
     from portmoe.verify.runs.recorded import read_run

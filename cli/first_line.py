@@ -6,7 +6,9 @@ from portmoe import __version__
 from portmoe.launch.ranks import speaks
 
 
-def announce(doing: str) -> None:
+def announce(doing: str, loads_torch: bool = True) -> None:
     """Say on standard error what is being started; once, however many ranks there are."""
     if speaks():
-        click.echo(f"portmoe {__version__}: {doing} (loading torch takes seconds)", err=True)
+        click.echo(
+            f"portmoe {__version__}: {doing}{' (loading torch takes seconds)' * loads_torch}", err=True
+        )

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from portmoe.cli import completions
+from portmoe.cli.first_line import announce
 from portmoe.cli.options import run_argument
 from portmoe.config.names import BENCHMARK
 from portmoe.errors import TrainingError
@@ -33,6 +34,7 @@ def report(run: Path, against: str, out: Path | None) -> None:
 
     Ends with exit code 4 if a rule is broken, or a fact missing or contradicted by another.
     """
+    announce(f"report {run} against {against}")
     from portmoe.config.read import load_config
     from portmoe.verify.acceptance import report as pages
     from portmoe.verify.acceptance.findings import examine

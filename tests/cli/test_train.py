@@ -30,7 +30,14 @@ run(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("line", [["train", "--config", "missing"], ["bisect", "--config", "missing"]])
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["train", "--config", "missing"],
+        ["bisect", "--config", "missing"],
+        ["report", ".", "--against", "missing"],
+    ],
+)
 def test_what_is_started_is_said_before_anything_that_takes_time_is_loaded(line):
     done = subprocess.run([sys.executable, "-c", LOADED, *line], capture_output=True, text=True, timeout=60)
     first, loaded, *_ = done.stderr.splitlines()
