@@ -102,11 +102,13 @@ def chat(
             told: list[str] = []
 
             def tell(text: str) -> None:
-                told.append(text)
-                click.echo(text, nl=False)
+                text = text.lstrip() if conversation.is_chat and not told else text
+                if text:
+                    told.append(text)
+                    click.echo(text, nl=False)
 
             take = stream(conversation, tell)
-            with contextlib.suppress(KeyboardInterrupt):
+            with contextlib.suppress(*([] if prompts else [KeyboardInterrupt])):
                 for chosen in generate(next_logits, [conversation.prompt(turns)], decoding):
                     take(chosen[0])
             click.echo()

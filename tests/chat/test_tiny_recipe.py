@@ -32,6 +32,7 @@ def line_of_the_readme(name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2"])
 def test_from_one_line_to_a_chat(family, tmp_path):
     transformers = pytest.importorskip("transformers")
