@@ -90,6 +90,8 @@ def train(
         raise click.UsageError("--world-size is for --dry-run only; use --nproc to start processes")
     if profile and dry_run:
         raise click.UsageError("--profile needs real steps; leave --dry-run out")
+    if run_name and out:
+        raise click.UsageError("--name and --out both say where the run lives; give one of the two")
     announce(f"{'dry run of' if dry_run else 'train'} {config_file} on {backend}")
     overrides += tuple(
         f"{key}={json.dumps(value)}"

@@ -128,6 +128,7 @@ def test_a_reader_that_goes_away_leaves_no_traceback():
         ["train", "--dry-run", "--config", "7b_moe4", "--world-size", "64"],
         ["train", "--dry-run", "--set", "ops.disable=[nosuch.op]"],
         ["train", "--dry-runs"],
+        ["train", "--name", "a", "--out", "b"],
         ["train", "tiny_moe4"],
         ["config", "--config", "missing"],
         ["config", "--set", "x=1"],
