@@ -54,7 +54,7 @@ class LazyGroup(click.Group):
     subcommands={
         "train": ("portmoe.cli.train:train", "Train a model, or show with --dry-run what training it takes."),
         "runs": ("portmoe.cli.runs:runs", "List the runs there are, and how each one ended."),
-        "data": ("portmoe.cli.data:data", "Make a data set of your own text."),
+        "data": ("portmoe.cli.data:data", "Look at your own conversations and text, and make a data set."),
         "config": ("portmoe.cli.config:config", "Print a config with every key resolved, or import one."),
         "validate": ("portmoe.cli.validate:validate", "Show that a backend computes what it must."),
         "compare": ("portmoe.cli.compare:compare", "Compare two runs of one config."),
