@@ -13,13 +13,14 @@ from portmoe.costs.memory import activation_bytes, offloaded_bytes, recomputed_b
 from portmoe.costs.parameters import count_parameters
 from portmoe.data import summary
 from portmoe.data.packs import open_packs
-from portmoe.errors import ConfigError
+from portmoe.errors import BackendError, ConfigError
 from portmoe.ops import OPERATIONS, choose
 from portmoe.parallel.layout import Layout, most_ranks
 from portmoe.parallel.stages import describe, in_flight, stages_of
 from portmoe.parallel.workload import call_sites, share_of
 from portmoe.planning.memory_check import offload_note, state_of_rank, weights_dtype
 from portmoe.record.acceptance import out_of_reach
+from portmoe.record.progress import told_when_due
 
 
 def dry_run(config: Config, config_name: str, backend: str, world_size: int) -> str:
@@ -65,16 +66,16 @@ def _sizes(config: Config, layout: Layout) -> Iterator[tuple[str, str]]:
 
 
 def _data(config: Config, layout: Layout) -> tuple[Config, list[tuple[str, str]]]:
-    """The config with its number of steps, and how full packs are, where that is worth opening the data."""
-    if config.data.num_epochs is None and (
-        config.data.packing == "benchmark" or config.data.train_folder is None
-    ):
+    """The config with its number of steps, and how full packs are, where the steps are the data's to say."""
+    if config.data.num_epochs is None:
         return config, []
     sizes = layout.data, layout.micro_num
     try:
-        found = summary(config, open_packs(config, *sizes), *sizes)
-    except ConfigError as error:
+        with told_when_due("parts") as told:
+            packs = open_packs(config, *sizes, told=told)
+    except (ConfigError, BackendError) as error:
         return config, [("data", f"cannot be looked at: {error}")]
+    found = summary(config, packs, *sizes)
     data = config.data.model_copy(update={"total_steps": found.total_steps})
     return config.model_copy(update={"data": data}), [("data", str(found))]
 

@@ -51,6 +51,9 @@ def test_epochs_are_told_in_steps_where_the_data_is_here(capsys, tmp_path):
     )
     text = shown(capsys, *arguments, "--set", f"data.train_folder={tmp_path / 'elsewhere'}")
     assert "data             cannot be looked at: data.train_folder=" in text
+    refused = ["train", "--dry-run", *arguments, "--set", "data.total_steps=7"]
+    assert command.run(refused) == 2
+    assert "data.num_epochs=2 makes 100 steps of this data, and data.total_steps=7" in capsys.readouterr().err
     few = shown(capsys, *arguments, "--set", "data.num_epochs=1")
     assert "50 steps an epoch, 50 in all" in few
     assert "acceptance: cannot be reached in 50 steps" in few

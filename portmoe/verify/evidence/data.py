@@ -76,6 +76,9 @@ def _apart(record: Mapping[str, Any], stream: DataStream) -> str:
         "largest_length": max(batch.longest_segment for batch in batches),
         **{f"tokens/{name}": count for name, count in _labelled(batches).items()},
     }
+    if "padding_share" in record:  # which older runs do not have
+        padding = sum(batch.padding for batch in batches)
+        expected["padding_share"] = padding / sum(len(batch.tokens_T) for batch in batches)
     unlike = {key: value for key, value in expected.items() if record.get(key) != value}
     return "; ".join(f"{key} is {record.get(key)}, and of this step {value}" for key, value in unlike.items())
 

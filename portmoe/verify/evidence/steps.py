@@ -120,6 +120,12 @@ def _tokens(
     labelled = sum(_labelled(record).values())
     if labelled > step_tokens:
         yield "tokens", f"{labelled} have a label of {step_tokens} in a step"
+    padding, share = record.get("padding_share"), record.get("trained_token_share")
+    if padding is not None:
+        real = step_tokens * (1 - padding)
+        expected = labelled / real if real else 0.0
+        if not _alike(share, expected, SUMS):
+            yield "trained_token_share", f"it is {share}, and by labels and padding {expected:.8g}"
     if step_tokens % (config.data.seq_len * config.data.micro_bsz * record["micro_num"]):
         yield "micro_num", f"it is {record['micro_num']}, and a step has {step_tokens} tokens"
     if before is not None and consumed - (before.get("num_consumed_tokens") or 0) != step_tokens:

@@ -192,6 +192,14 @@ TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda run: (edit(run, data_crc32="00000000"), rechained(run)),
         f"metrics.jsonl:{LINE}",
     ),
+    "padding that was none, rechained": (
+        lambda run: (edit(run, padding_share=0.25), rechained(run)),
+        f"metrics.jsonl:{LINE}",
+    ),
+    "more learned, rechained": (
+        lambda run: (edit(run, trained_token_share=0.99), rechained(run)),
+        f"metrics.jsonl:{LINE}",
+    ),
     "fewer tokens, rechained": (
         lambda run: (edit(run, num_consumed_tokens=lambda count: count + 256), rechained(run)),
         f"metrics.jsonl:{LINE}",
