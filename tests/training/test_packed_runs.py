@@ -103,7 +103,17 @@ def test_the_whole_validation_set_is_measured(alone):
 
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
-    [(2, ["data.valid_micro_num=2"]), (3, []), (4, ["data.valid_micro_num=5", "parallel.zero1.fsdp=true"])],
+    [
+        (2, ["data.valid_micro_num=2"]),
+        (3, []),
+        (4, ["data.valid_micro_num=5", "parallel.zero1.fsdp=true"]),
+        pytest.param(
+            4,
+            ["parallel.pipeline.size=2", "parallel.tensor.size=2", "parallel.tensor.mode=msp"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(4, ["parallel.sequence.size=2", "parallel.zero1.fsdp=true"], marks=pytest.mark.slow),
+    ],
 )
 def test_the_numbers_of_one_process_on_any_number_of_ranks(ranks, overrides, run, alone):
     """Micro-batches with different numbers of labels, spread by cost; a validation set that fills no pass."""
