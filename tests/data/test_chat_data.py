@@ -296,6 +296,14 @@ def test_a_token_over_a_turns_boundary_is_not_learned_and_said(tokenizer):
     )
 
 
+def test_an_answer_to_nothing_is_learned_without_its_role(tokenizer):
+    told = {"messages": [{"role": "assistant", "content": "Hello!"}, *turns("a", "b")["messages"]]}
+    assert learned(tokenizer, encoded(tokenizer, CHATML, told)) == "Hello!<|im_end|>b<|im_end|>"
+    wants_a_question = "{% if not messages %}{{ raise_exception('empty') }}{% endif %}" + CHATML
+    with pytest.raises(encode.BadSample, match="turn 1"):
+        encoded(tokenizer, wants_a_question, told)
+
+
 def test_a_turn_without_an_end_token_is_said(tokenizer):
     assert encode.ENDLESS in encoded(tokenizer, PLAIN, turns("a", "b")).notes
     assert encode.ENDLESS not in encoded(tokenizer, CHATML, turns("a", "b")).notes

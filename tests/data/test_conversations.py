@@ -127,6 +127,7 @@ def test_tokens_and_what_is_learned_are_those_of_the_oracle(
     folder, written, tokenizers, monkeypatch, template, oracle
 ):
     monkeypatch.setattr(parts, "PART", 9000)
+    monkeypatch.setattr(parts, "ROWS", 33)
     monkeypatch.setattr(parts, "BLOCK", 1000)
     monkeypatch.setattr(cache, "cores", lambda: 1)
     turns, files = written

@@ -100,8 +100,11 @@ class ChatEncoder:
         for number, turn in enumerate(turns):
             if turn.role != ASSISTANT:
                 continue
-            before = self._template.render(turns[:number], prompt=True) if number else ""
-            after = text if number + 1 == len(turns) else self._template.render(turns[: number + 1])
+            try:
+                before = self._template.render(turns[:number], prompt=True)
+                after = text if number + 1 == len(turns) else self._template.render(turns[: number + 1])
+            except BadSample:  # it takes the whole, and not this beginning
+                before = after = ""
             if text.startswith(before) and text.startswith(after) and len(after) > len(before):
                 spans.append((len(before), len(after)))
             else:

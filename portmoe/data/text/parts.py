@@ -5,11 +5,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from portmoe.errors import BackendError, ConfigError
 
 PART = 4 << 20  # bytes of a file that one process takes at a time
+ROWS = 16384  # of a Parquet file, likewise: what lies before them in their group is read again
 BLOCK = 1 << 20  # bytes that are read at a time
 BOM = b"\xef\xbb\xbf"
 _DECODER, _SPACE = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
@@ -17,7 +18,7 @@ _DECODER, _SPACE = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
 
 @dataclass(frozen=True)
 class Part:
-    """What begins in the bytes ``start`` to ``end`` of a file; of a Parquet file, its row groups from to."""
+    """What begins in the bytes ``start`` to ``end`` of a file; of a Parquet file, the rows."""
 
     path: Path
     start: int
@@ -31,7 +32,8 @@ def parts(path: Path) -> list[Part]:
         ConfigError: it cannot be read as what its ending says.
     """
     if path.suffix.lower() == ".parquet":
-        return [Part(path, group, group + 1) for group in range(parquet(path).num_row_groups)]
+        rows = parquet(path).metadata.num_rows
+        return [Part(path, start, min(start + ROWS, rows)) for start in range(0, rows, ROWS)]
     try:
         if is_array(path):
             return list(_parts_of_array(path))
@@ -134,7 +136,7 @@ def where(path: Path, place: int) -> str:
     return f"line {lines} of {path}"
 
 
-def parquet(path: Path):  # noqa: ANN201 (a class of an optional package)
+def parquet(path: Path) -> Any:
     """A Parquet file, opened.
 
     Raises:

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from portmoe.data.text.parts import Part, is_array, items, opened, parquet, unreadable
 
-ROWS = 1024  # of a Parquet file that are read at a time
+BATCH = 1024  # rows of a Parquet file that are read at a time
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,18 @@ def _parsed(at: int, text: bytes) -> Record:
 
 def _parquet(part: Part) -> Iterator[Record]:
     file = parquet(part.path)
-    at = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
+    sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+    ends = list(accumulate(sizes))
+    groups = [g for g, end in enumerate(ends) if end > part.start and end - sizes[g] < part.end]
+    at = ends[groups[0]] - sizes[groups[0]] if groups else 0
     try:
-        for batch in file.iter_batches(batch_size=ROWS, row_groups=range(part.start, part.end)):
-            for row in batch.to_pylist():
-                yield Record(at, row)
-                at += 1
+        for batch in file.iter_batches(batch_size=BATCH, row_groups=groups):
+            first, last = max(part.start - at, 0), min(part.end - at, batch.num_rows)
+            for place, row in enumerate(batch.slice(first, max(last - first, 0)).to_pylist(), at + first):
+                yield Record(place, row)
+            at += batch.num_rows
     except OSError as error:
-        raise unreadable(part.path, f"is broken at row {at + 1} ({error!s:.200})") from error
+        raise unreadable(part.path, f"is broken behind row {at} ({error!s:.200})") from error
 
 
 READERS: Mapping[str, Callable[[Part], Iterator[Record]]] = {

@@ -77,13 +77,14 @@ def tokenized(recipe: Recipe, given: Sequence[Given], cache: str | None, told: T
             if (found := _whole(folder)) is not None:
                 return found
             with _locked(folder) as held:
-                if held and not _whole(folder):
+                if held and (found := _whole(folder)) is None:
                     for left in folder.glob("*.partial") if held == ALONE else ():  # of killed processes
                         left.unlink(missing_ok=True)
-                    _make(recipe, maker, given, folder, told)
-            if not held:
-                told("another process tokenizes", *_progress(folder))
-                time.sleep(WAIT)
+                    found = _make(recipe, maker, given, folder, told)
+            if found is not None:
+                return found
+            told("another process tokenizes", *_progress(folder))
+            time.sleep(WAIT)
     except OSError as error:
         raise ConfigError(
             f"data.cache_folder={cache!r}: {error.filename or root} cannot be written ({error.strerror}); "
@@ -108,7 +109,7 @@ def _root(cache: str | None) -> Path:
     return Path(tempfile.gettempdir(), f"portmoe-{os.getuid()}", "data")
 
 
-def _make(recipe: Recipe, maker: Maker, given: Sequence[Given], folder: Path, told: Told) -> None:
+def _make(recipe: Recipe, maker: Maker, given: Sequence[Given], folder: Path, told: Told) -> Tokenized:
     """Make the parts that are not there, and then what says that all are."""
     work: list[Work] = []
     files = []
@@ -127,6 +128,10 @@ def _make(recipe: Recipe, maker: Maker, given: Sequence[Given], folder: Path, to
 
     make_parts(recipe, maker, waiting, folder, cores(), done)
     _finish(folder, given, files)
+    found = _whole(folder)
+    if found is None:
+        raise ConfigError(f"{str(folder)!r} was changed while it was made; start again")
+    return found
 
 
 def _finish(folder: Path, given: Sequence[Given], files: Sequence[int]) -> None:
@@ -137,7 +142,7 @@ def _finish(folder: Path, given: Sequence[Given], files: Sequence[int]) -> None:
     for number, file in enumerate(files):
         found = read_part(folder, number)
         if found is None:
-            raise ConfigError(f"{tokens_file(folder, number)} vanished while it was read; start again")
+            raise ConfigError(f"{str(folder)!r} was changed while it was made; start again")
         rows, said = found
         same = np.full(len(rows), number), np.full(len(rows), file)
         tables.append(np.stack((same[0], rows[:, 0], rows[:, 1], rows[:, 2], same[1], rows[:, 3]), axis=1))
