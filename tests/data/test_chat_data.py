@@ -296,6 +296,14 @@ def test_a_token_over_a_turns_boundary_is_not_learned_and_said(tokenizer):
     )
 
 
+def test_a_token_over_a_turns_end_is_not_learned_and_said(tokenizer):
+    source = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    source += "{% endgeneration %}{% else %}{{ m.content }}:{% endif %}{{ '\n' }}{% endfor %}"
+    found = encoded(tokenizer, source, turns("a", "so\n"))
+    assert encode.MERGED in found.notes
+    assert learned(tokenizer, found) == "so"
+
+
 def test_an_answer_to_nothing_is_learned_without_its_role(tokenizer):
     told = {"messages": [{"role": "assistant", "content": "Hello!"}, *turns("a", "b")["messages"]]}
     assert learned(tokenizer, encoded(tokenizer, CHATML, told)) == "Hello!<|im_end|>b<|im_end|>"
