@@ -172,6 +172,19 @@ def test_a_value_where_a_section_belongs(section, folder):
         ({"adam": {"adam_beta1": 1.0}}, "adam.adam_beta1 = 1.0: must be a number ≥ 0 and < 1"),
         ({"data": {"seq_len": 0}}, "data.seq_len = 0: must be an integer ≥ 1"),
         ({"data": {"total_steps": -1}}, "data.total_steps = -1: must be an integer ≥ 1"),
+        (
+            {"data": {"total_steps": None}},
+            "data.total_steps=null and data.num_epochs=null leave open how long",
+        ),
+        ({"data": {"num_epochs": 0}}, "data.num_epochs = 0: must be an integer ≥ 1"),
+        (
+            {"data": {"packing": "best"}},
+            "data.packing = 'best': must be one of 'benchmark', 'cut', 'whole', 'none'",
+        ),
+        (
+            {"ckpt": {"keep_best": True, "enable_save_ckpt": True}},
+            "ckpt.enable_save_ckpt=true with data.valid_every=0; set both, or ckpt.keep_best to false",
+        ),
         ({"data": {"skip_batches": "3-x"}}, "data.skip_batches: '3-x' is neither a step nor a range"),
         ({"data": {"skip_batches": "9-3"}}, "data.skip_batches: '9-3' ends before it begins"),
         ({"data": {"skip_batches": 3}}, "data.skip_batches = 3: must be text; put it in quotes"),
