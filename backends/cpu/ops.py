@@ -28,7 +28,10 @@ OWN = (
     *cross_entropy.ALL,
     *attention.ALL,
 )
-NOT_FOR_HOSTS = (torch_ops.CROSS_ENTROPY_CHUNKED,)  # its slices are an accelerator's
+NOT_FOR_HOSTS = (
+    torch_ops.CROSS_ENTROPY_CHUNKED,  # its slices are an accelerator's
+    torch_ops.ATTENTION_BLOCKS,  # the kernel for hosts takes all it does
+)
 
 
 class CpuOperations(Operations):

@@ -6,6 +6,7 @@ computes is the contract of its operation, in that operation's file of ``portmoe
 
 from portmoe.backends.torch.adamw import ADAMW_FOREACH, ADAMW_FUSED
 from portmoe.backends.torch.attention import ATTENTION_SDPA
+from portmoe.backends.torch.attention_blocks import ATTENTION_BLOCKS
 from portmoe.backends.torch.cross_entropy import CROSS_ENTROPY_CHUNKED
 from portmoe.backends.torch.dispatch import COMBINE_GATHER, DISPATCH_GATHER
 from portmoe.backends.torch.expert_ffn import EXPERT_FFN_GROUPED_MM, EXPERT_FFN_LOOP, EXPERT_FFN_RAGGED_LOOP
@@ -18,6 +19,7 @@ ALL = (
     RMS_NORM,
     SWIGLU,
     ATTENTION_SDPA,
+    ATTENTION_BLOCKS,
     ROUTER_LEAN,
     DISPATCH_GATHER,
     COMBINE_GATHER,

@@ -9,6 +9,7 @@ from agreement import workload
 
 from portmoe.backends.cpu import compiler
 from portmoe.backends.cpu.attention import ALL as OF_THE_CPU
+from portmoe.backends.torch import attention_blocks
 from portmoe.backends.torch import ops as torch_ops
 from portmoe.config import Config
 from portmoe.families.internlm_moe.section import ModelConfig
@@ -19,6 +20,7 @@ FUNCTIONS = {
     "reference": attention,
     "sdpa": torch_ops.ATTENTION_SDPA.function,
     "flash": FLASH.function,
+    "blocks": torch_ops.ATTENTION_BLOCKS.function,
 }
 if not isinstance(compiler.kernels(), str):
     FUNCTIONS["compiled"] = COMPILED.function
@@ -93,7 +95,8 @@ def test_grouped_heads_and_values_of_another_width(function, offsets, widths, he
 @pytest.mark.parametrize("function", WITH_LOG_SUM.values(), ids=WITH_LOG_SUM)
 @pytest.mark.parametrize("offsets", [(0, 12), (0, 4, 8, 12), (0, 1, 4, 11, 12)], ids=str)
 @pytest.mark.parametrize("sizes", [(2, 2, 8), (6, 2, 5), (4, 1, 11)], ids=str)
-def test_the_logarithm_of_the_sum_and_its_gradients(function, offsets, sizes):
+def test_the_logarithm_of_the_sum_and_its_gradients(function, offsets, sizes, monkeypatch):
+    monkeypatch.setattr(attention_blocks, "BLOCK", 3)  # several, and a last one that is shorter
     (heads, groups, width), generator = sizes, torch.Generator().manual_seed(0)
     shapes = (heads, 8), (groups, 8), (groups, width)
     leaves = [torch.randn(12, *shape, generator=generator).requires_grad_() for shape in shapes]
