@@ -83,6 +83,21 @@ def with_total_steps(config: Config, size: int, micro_num: int, packs: Packs | N
     return config.model_copy(update={"data": config.data.model_copy(update={"total_steps": steps})})
 
 
+def rows_passed_over(former: Config, step: int, packs: Packs, rows_per_step: int) -> int:
+    """Return how many rows a run that is given more epochs does not take in the first of them.
+
+    They have the places in the stream that its last step left empty.
+
+    Args:
+        former: the config it has had, with ``data.total_steps``.
+        step: where it goes on.
+    """
+    epochs, steps = former.data.num_epochs, former.data.total_steps
+    if epochs is None or former.data.packing == "benchmark" or step < steps:
+        return 0
+    return steps * rows_per_step - epochs * packs.num_rows
+
+
 def _total_steps(config: Config, packs: Packs, size: int, micro_num: int) -> int:
     given, epochs = config.data.total_steps, config.data.num_epochs
     if epochs is None:

@@ -17,6 +17,7 @@ from portmoe.config import Config
 from portmoe.config.read import default_model, no_effect_notes
 from portmoe.data import DataStream, bad_samples, open_data, open_splits, summary, with_total_steps
 from portmoe.data.fingerprint import fingerprint
+from portmoe.data.length import rows_passed_over
 from portmoe.data.packs import Packs
 from portmoe.data.sources.opened import Split
 from portmoe.errors import TrainingError
@@ -199,6 +200,13 @@ def _opened(
         for split, one in packs.items()
     }
     notes += bad_samples(config)
+    if run.former and progress.step < config.data.total_steps:
+        sequences = layout.global_batch_sequences
+        if passed := rows_passed_over(run.former, progress.step, packs["train"], sequences):
+            notes.append(
+                f"the last step of {run.former.data.num_epochs} epochs left room for {passed} rows, which the "
+                "next epoch does not take"
+            )
     if config.data.packing != "benchmark":
         notes.append(f"data: {summary(config, packs['train'], layout.data, layout.micro_num)}")
     return Session(

@@ -208,6 +208,10 @@ def test_keep_best(run, tmp_path):
     kept = sorted(int(entry.name[5:]) for entry in (directory / "checkpoints").glob("step-*"))
     assert (kept[0], len(kept)) == (best, 3)
     assert kept[-1] > len(metrics)
+    passed = len(metrics) * BATCH - 2 * best_fit(SAMPLES)
+    assert passed > 0  # else nothing is shown
+    said = f"the last step of 2 epochs left room for {passed} rows, which the next epoch does not take"
+    assert said in (directory / "train.log").read_text()
 
     state = directory / "checkpoints" / f"step-{kept[-1]:08d}" / "state.json"
     state.write_text(state.read_text().replace('"best_step"', '"other"'))
