@@ -351,3 +351,20 @@ def test_tokens_and_rendering_are_those_of_transformers(tokenizer):
         found = encoded(tokenizer, CHATML, told)
         assert found.text == rendered
         assert found.tokens_T.tolist() == theirs(rendered, add_special_tokens=False)["input_ids"]
+
+
+def test_a_tokenizer_in_another_format_is_converted_without_remote_code(tokenizer, tmp_path, opened):
+    model = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(pairs) + "\n", encoding="utf-8")
+    named = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "</s>"}
+    named |= {"auto_map": {"AutoTokenizer": ["code--mine.Tokenizer", None]}, "chat_template": CHATML}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    found = opened([GOOD], tokenizer=tmp_path, chat_template="deepseek_v2").samples[0].sample(0)
+    fast = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    expected = fast.encode("<s>User: What is 42?\n\nAssistant: A token.</s>", add_special_tokens=False)
+    assert found.tokens_T.tolist() == expected.ids
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(ConfigError, match=r"has no tokenizer.json, and none can be made"):
+        opened([GOOD], tokenizer=tmp_path)

@@ -1,5 +1,7 @@
 """Tokens are made once: whatever ends the process, however many make them, and only of what has changed."""
 
+import errno
+import fcntl
 import os
 import random
 import shutil
@@ -7,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -156,3 +159,30 @@ def test_a_worker_that_dies_is_said(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "cores", lambda: 2)
     with pytest.raises(portmoe.PortmoeError, match=r"a process that tokenizes .* ended"):
         tokens(settings, tmp_path)
+
+
+def test_one_process_makes_it_and_the_others_wait(settings, whole, tmp_path, monkeypatch):
+    heard, calls, make = [], [], worker.make_parts
+    monkeypatch.setattr(cache, "make_parts", lambda *given: (calls.append(given), make(*given)))
+    assert same(tokens(settings, tmp_path / "first"), whole)
+    key = next((tmp_path / "first").glob("*/whole.json")).parent.name
+    shared = tmp_path / "shared"
+    (shared / key).mkdir(parents=True)
+    config = portmoe.load_config("tiny_moe4", [*settings, f"data.cache_folder={shared}"])
+    with (shared / key / "lock").open("ab") as file, ThreadPoolExecutor(1) as other:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        waiting = other.submit(open_samples, config, "train", lambda *told: heard.append(told))
+        while not heard:
+            time.sleep(0.01)
+        shutil.copytree(tmp_path / "first" / key, shared / key, dirs_exist_ok=True)
+        assert len(waiting.result(timeout=60).samples[0]) == 298
+    assert {told[0] for told in heard} == {"another process tokenizes"}
+    assert len(calls) == 1
+
+
+def test_a_file_system_without_locks_makes_the_same(settings, whole, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert same(tokens(settings, tmp_path), whole)
