@@ -175,6 +175,17 @@ def test_text_is_learned_whole_in_pieces_of_the_length(opened, tokenizer):
     assert bytes(int(token) - 3 for token in by_bytes.tokens_T[:-1]).decode() == "naïve 森林\n"
 
 
+def test_a_readme_beside_conversations_is_not_taken_for_data(opened, tmp_path, tokenizer):
+    (tmp_path / "folder" / "data").mkdir(parents=True)
+    (tmp_path / "folder" / "README.md").write_text("# About these conversations")
+    write(tmp_path / "folder" / "data" / "a.parquet", [GOOD, GOOD])
+    keys = {"train_folder": tmp_path / "folder", "tokenizer": tokenizer, "cache_folder": tmp_path / "cache"}
+    settings = [f"data.{key}={value}" for key, value in keys.items()]
+    found = open_samples(portmoe.load_config("tiny_moe4", settings), "train")
+    assert len(found.samples[0]) == 2
+    assert found.said == ("data.train_folder: text beside records is not taken: README.md",)
+
+
 # What may be learned.
 
 

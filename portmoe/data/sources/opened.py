@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 from portmoe.config import Config
-from portmoe.data.chat.messages import SIGNS, format_of
-from portmoe.data.sources.conversations import Conversations
+from portmoe.data.sources.conversations import TRUNCATED, Conversations
+from portmoe.data.sources.named import named_files
 from portmoe.data.sources.sample import DATA_TYPES, Samples
 from portmoe.data.sources.tokenized import open_folder
-from portmoe.data.text import documents, records
-from portmoe.data.text.parts import parts, where
+from portmoe.data.text import documents
 from portmoe.data.tokenizing.cache import Told, quiet, tokenized
-from portmoe.data.tokenizing.recipe import TEXT, Given, Recipe
+from portmoe.data.tokenizing.recipe import Recipe
 from portmoe.errors import ConfigError
 
 Split = Literal["train", "valid"]
@@ -48,7 +47,11 @@ def open_samples(config: Config, split: Split, told: Told = quiet) -> Opened:
     if _are_tokenized(config, given):
         return Opened(open_folder(given[0], key, data.min_length))
     tokenizer = data.tokenizer or config.model.from_pretrained
-    sources = [_files(name, key, data.format, tokenizer) for name in given]
+    sources, said = [], []
+    for name in given:
+        files, passed_over = named_files(name, key, data.format)
+        sources.append(files)
+        said += passed_over
     if tokenizer is None:
         raise ConfigError(
             f"{key}={', '.join(given)} is text or conversations, which need a tokenizer: set data.tokenizer "
@@ -61,13 +64,13 @@ def open_samples(config: Config, split: Split, told: Told = quiet) -> Opened:
         Conversations(tokenized(recipe, files, data.cache_folder, told), files, data.seq_len, number)
         for number, files in enumerate(sources)
     ]
-    said = tuple(line for one in samples for line in _said(key, one))
-    bad = any(one.bad or "truncated" in one.notes for one in samples)
+    said += [line for one in samples for line in _said(key, one)]
+    bad = any(one.bad or TRUNCATED in one.notes for one in samples)
     if bad and data.on_bad_sample == "error":
         raise ConfigError("\n".join((*said, "data.on_bad_sample=error: mend them, or set it to skip")))
     if not any(map(len, samples)):
         raise ConfigError("\n".join((*said, f"{key}={given}: no sample is left to learn from")))
-    return Opened(samples, said)
+    return Opened(samples, tuple(said))
 
 
 def _said(key: str, samples: Conversations) -> list[str]:
@@ -108,35 +111,3 @@ def _is_tokenized(folder: Path) -> bool:
         return not folder.exists()
     endings = {path.suffix.lower() for path in folder.rglob("*")}
     return ".bin" in endings or not endings & set(documents.READERS)
-
-
-def _files(name: str, key: str, form: str, tokenizer: str | None) -> list[Given]:
-    """The files that one entry names, each with its format."""
-    path = Path(name)
-    if not path.exists():
-        raise ConfigError(f"{key}={name!r} does not exist; name a file or a folder of data")
-    found = documents.files([path])
-    return [Given(file, _form(file, form)) for file in found]
-
-
-def _form(file: Path, form: str) -> str:
-    """The format of a file: what is asked for, or what its first sound record looks like."""
-    plain = file.suffix.lower() not in records.READERS
-    if plain and form not in ("auto", TEXT):
-        raise ConfigError(
-            f"data.format={form!r}: {file} is plain text; give files that end in {', '.join(records.READERS)}"
-        )
-    if form != "auto" or plain:
-        return TEXT if plain else form
-    for part in parts(file):
-        for record in records.records(part):
-            if record.value is None:
-                continue
-            if (found := format_of(record.value)) is not None:
-                return found
-            fields = ", ".join(map(repr, record.value)) or "none"
-            raise ConfigError(
-                f"{where(file, record.place)}: the format is not known by the fields {fields}; known are "
-                f"{', '.join(f'{field!r} ({name})' for field, name in SIGNS.items())}; set data.format"
-            )
-    return TEXT

@@ -43,6 +43,15 @@ def parts(path: Path) -> list[Part]:
     return [Part(path, start, min(start + PART, size)) for start in range(0, size, PART)]
 
 
+def whole(path: Path) -> Part:
+    """A file as one part, which is found without reading it."""
+    try:
+        is_parquet = path.suffix.lower() == ".parquet"
+        return Part(path, 0, parquet(path).metadata.num_rows if is_parquet else path.stat().st_size)
+    except OSError as error:
+        raise unreadable(path, f"cannot be read ({error.strerror})") from error
+
+
 def opened(part: Part) -> BinaryIO:
     """The file, at the first line that begins in the part."""
     try:
