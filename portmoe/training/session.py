@@ -204,8 +204,8 @@ def _opened(
         sequences = layout.global_batch_sequences
         if passed := rows_passed_over(run.former, progress.step, packs["train"], sequences):
             notes.append(
-                f"the last step of {run.former.data.num_epochs} epochs left room for {passed} rows, which the "
-                "next epoch does not take"
+                f"the last step of {run.former.data.num_epochs} epochs left room for {passed} rows, which "
+                "the next epoch does not take"
             )
     if config.data.packing != "benchmark":
         notes.append(f"data: {summary(config, packs['train'], layout.data, layout.micro_num)}")
