@@ -118,18 +118,25 @@ def special_tokens(folder: Path) -> dict[str, str]:
 
 def _converted(folder: Path, said: str) -> str:
     """The ``tokenizer.json`` of a folder with another format, made by transformers, without remote code."""
+    stamps = tuple((path.name, path.stat().st_mtime_ns) for path in sorted(folder.iterdir()))
     try:
-        from transformers import AutoTokenizer
+        return _by_transformers(str(folder), stamps)
     except ImportError as error:
         raise BackendError(
             f"{said} has no {FILE}, and without the package transformers ({error}) none is made of its other "
             "files; pip install 'portmoe[finetune]'"
         ) from error
-    try:
-        made: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        return made.backend_tokenizer.to_str()
     except Exception as error:  # whatever a converter meets
         raise ConfigError(
             f"{said} has no {FILE}, and none can be made of its other files ({error!s:.200}); save one with "
             "transformers' save_pretrained where the tokenizer loads, or give another folder"
         ) from error
+
+
+@lru_cache(maxsize=2)
+def _by_transformers(folder: str, stamps: tuple[tuple[str, int], ...]) -> str:
+    """What transformers makes of a folder; ``stamps`` tells it from a folder that has changed."""
+    from transformers import AutoTokenizer
+
+    made: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    return made.backend_tokenizer.to_str()
