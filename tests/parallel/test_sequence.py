@@ -91,3 +91,17 @@ def test_the_numbers_of_one_process(name, world, tmp_path):
             assert ours.get(key) == theirs.get(key), key
         assert theirs["moe_loss"] > 0
         assert len(norms) == 3
+
+
+@pytest.mark.slow
+def test_bfloat16_stays_within_its_rounding(world, tmp_path):
+    """Turns are rounded one by one and their sums are not: no more than a product's rounding, 2^-9."""
+    keys = [*LATENT, HEADS2, "model.dtype=bfloat16", "ops.select=measure"]
+    world(4).call(train, tmp_path / "split", [*keys, SIZE4])
+    world(1).call(train, tmp_path / "alone", keys)
+    found, expected = records(tmp_path / "split"), records(tmp_path / "alone")
+    assert len(found) == len(expected) == 3
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2**-9)
+        norms = [ours["grad_norm/default"], theirs["grad_norm/default"]]
+        assert norms[0] == pytest.approx(norms[1], rel=2**-6)
