@@ -172,6 +172,21 @@ def test_activations_of_a_cut_dense_layer():
     assert activation_bytes(config, cut, head=False) == expected
 
 
+def test_activations_of_split_tokens():
+    """Heads over 2 ranks and a ring of 2: a quarter of all."""
+    sizes = ["model.num_attention_heads=2", "model.num_experts=1", "model.num_layers=1", "data.seq_len=64"]
+    sizes += ["data.global_batch_size=null"]
+    alone, split = (
+        portmoe.load_config("tiny_moe4", [*sizes, f"parallel.sequence.size={size}"]) for size in (1, 4)
+    )
+    layout, device = Layout.plan(split, 4), torch.device("cpu")
+    assert (layout.ring, layout.sequence) == (2, 4)
+    whole, part = share_of(alone, Layout.plan(alone, 1), device), share_of(split, layout, device)
+    assert activation_bytes(split, part, head=False) * 4 == activation_bytes(alone, whole, head=False)
+    (work,) = (call for site, call in call_sites(split, layout, device)["attention"].items())
+    assert (work.tokens, work.heads, work.log_sum) == (whole.tokens // 2, 1, True)
+
+
 def test_experts_gathered_some_at_a_time_count_as_those():
     """Of 16 experts in two layers the largest block has 16, and 2 of them are whole at a time."""
     keys = ["model.num_experts=16", "parallel.zero1.fsdp=true", "parallel.expert.size=1"]
