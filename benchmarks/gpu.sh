@@ -19,6 +19,7 @@ run peak --dtype float32 --dtype bfloat16
 run moe_layer --dtype bfloat16 --rounds 20 --shape 4096/4096/4/2
 run operations --config 7b_moe4
 run train_step --dtype bfloat16 --rounds 10 --layers 2 --hidden 4096 --vocab 32000 --seq-len 2048
+run finetune --shapes lite --sequence-parallel 1
 run collectives --nproc "${NPROC:-1}"
 
 # A slice of the 7B model: as many layers as fit. The log line's mfu counts both experts and causal attention.

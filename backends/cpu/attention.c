@@ -113,13 +113,38 @@ static inline Square square_of(int64_t query, int64_t key, int64_t end) {
 // How many keys of a square its query ``row`` sees.
 static inline int seen(Square square, int row) { return square.diagonal ? row + 1 : BLOCK; }
 
-// [BLOCK, BLOCK] scores of queries and turned keys, not yet scaled.
+// On the diagonal, products leave out what lies above it, in strips of LANES rows.
+#define STRIPS(SQUARE, FIRST, ROWS_OF_STRIP, ROWS_IN_ALL)                                                    \
+    for (int FIRST = 0, step = (SQUARE).diagonal ? LANES : BLOCK, ROWS_OF_STRIP;                             \
+         ROWS_OF_STRIP = least(step, (ROWS_IN_ALL) - FIRST), FIRST < (ROWS_IN_ALL); FIRST += step)
+
+// Scores [queries, keys] of queries and turned keys, not yet scaled; those above the diagonal are open.
 static void scores_of(Square square, int64_t width, const float *q, const float *keys_turned, float *scores) {
     memset(scores, 0, square.queries * BLOCK * sizeof(float));
-    add_product(square.queries, padded(square.keys), width, q, padded(width), 1, keys_turned, BLOCK, scores, BLOCK);
+    STRIPS(square, first, rows, square.queries) {
+        int64_t keys = square.diagonal ? first + LANES : BLOCK, d = padded(width);
+        add_product(rows, keys, width, q + first * d, d, 1, keys_turned, BLOCK, scores + first * BLOCK, BLOCK);
+    }
 }
 
-// Offsets of what a task keeps in its scratch; scratch_numbers in attention.py adds the same up.
+// to[queries, width] += square·from[keys, width]; what is above the diagonal is 0.
+static void add_over_keys(Square square, const float *of, int64_t width, const float *from, float *to) {
+    STRIPS(square, first, rows, square.queries) {
+        int64_t keys = square.diagonal ? first + rows : BLOCK;
+        add_product(rows, width, keys, of + first * BLOCK, BLOCK, 1, from, width, to + first * width, width);
+    }
+}
+
+// to[keys, width] += squareᵀ·from[queries, width].
+static void add_over_queries(Square square, const float *of, int64_t width, const float *from, float *to) {
+    STRIPS(square, first, rows, square.keys) {
+        int64_t before = square.diagonal ? first : 0, queries = square.queries - before;
+        const float *seen_by = of + before * BLOCK + first;
+        add_product(rows, width, queries, seen_by, 1, BLOCK, from + before * width, width, to + first * width, width);
+    }
+}
+
+// Offsets of what a task keeps in its scratch; ``scratch`` in attention.py adds the same up.
 typedef struct {
     float *q, *scores, *out, *largest, *sum, *keys_turned, *values;                      // forward
     float *grad_out, *score_grads, *grad_q, *keys, *values_turned, *grad_k, *grad_v;    // backward too
@@ -198,8 +223,7 @@ void attention(int64_t segments, const int64_t *offsets, int64_t heads, int64_t 
                     Square square = square_of(query, key, end);
                     scores_of(square, width, s.q, s.keys_turned + (key - start) * d, s.scores);
                     soften(square, scale, value_width, s);
-                    const float *values = s.values + (key - start) * w;
-                    add_product(square.queries, w, square.keys, s.scores, BLOCK, 1, values, w, s.out, w);
+                    add_over_keys(square, s.scores, w, s.values + (key - start) * w, s.out);
                 }
                 for (int64_t i = 0; i < least(end - query, BLOCK); i++) {
                     for (int64_t x = 0; x < w; x++) s.out[i * w + x] /= s.sum[i];
@@ -270,13 +294,12 @@ void attention_backward(int64_t segments, const int64_t *offsets, int64_t heads,
                 for (int64_t key = start; key <= query; key += BLOCK) {
                     int64_t of_k = (key - start) * d, of_v = (key - start) * w;
                     Square square = square_of(query, key, end);
-                    int queries = square.queries, keys = square.keys;
                     scores_of(square, width, s.q, s.keys_turned + of_k, s.scores);
                     scores_of(square, value_width, s.grad_out, s.values_turned + of_v, s.score_grads);
                     harden(square, scale, s.largest, s.sum, s);
-                    add_product(keys, w, queries, s.scores, 1, BLOCK, s.grad_out, w, s.grad_v + of_v, w);
-                    add_product(queries, d, keys, s.score_grads, BLOCK, 1, s.keys + of_k, d, s.grad_q, d);
-                    add_product(keys, d, queries, s.score_grads, 1, BLOCK, s.q, d, s.grad_k + of_k, d);
+                    add_over_queries(square, s.scores, w, s.grad_out, s.grad_v + of_v);
+                    add_over_keys(square, s.score_grads, d, s.keys + of_k, s.grad_q);
+                    add_over_queries(square, s.score_grads, d, s.q, s.grad_k + of_k);
                 }
                 give(narrow, s.grad_q, head, query, end, grad_q);
             }
