@@ -45,7 +45,8 @@ SHAPES = {
 LONGEST = 2048  # tokens of a sample
 SPREAD = 0.9  # of the logarithm of a sample's length
 PROMPT = 0.4  # of a sample is not learned
-NO_SPLIT = "unsupported: it splits a sequence over ranks with flash attention on GPUs only"
+# transformers splits a sequence over ranks through accelerate's context parallelism or DeepSpeed.
+NO_SPLIT_ON_CPU, NO_SPLIT_HERE = "unsupported: splits need GPUs", "not measured: splits are other libraries'"
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,11 @@ def their_ways(varlen: bool, device: torch.device) -> list[Way]:
         attentions.append("flash_attention_2")
     ways = []
     for attention, experts in product(attentions, ("grouped_mm", "eager")):
-        ways.append(Way(f"{attention}, {experts}", False, experts, attention))
+        ways.append(Way(f"{attention}, {experts}, one row", False, experts, attention))
         if varlen:
-            ways.append(replace(ways[-1], name=f"{ways[-1].name}, a pass each sample", one_by_one=True))
+            ways.append(
+                Way(f"{attention}, {experts}, a pass a sample", False, experts, attention, one_by_one=True)
+            )
     return ways
 
 
@@ -153,7 +156,8 @@ class Table:
                 figures["peak over theirs"] = steps["ours"][-1].peak_bytes / steps["theirs"][-1].peak_bytes
                 figures["first losses apart"] = abs(first[0] - first[1])
         elif row.ranks > 1:
-            figures["theirs tokens/s a rank"] = NO_SPLIT
+            on_cpu = self._device.type == "cpu"
+            figures["theirs tokens/s a rank"] = NO_SPLIT_ON_CPU if on_cpu else NO_SPLIT_HERE
         return figures
 
     def _opened(self, stack: ExitStack, task: Task, way: Way) -> Contestant:
@@ -164,10 +168,13 @@ class Table:
             return self._opened(stack, task, replace(way, recompute=True))
         return contestant
 
-    def _quickest(self, row: Row, task: Task) -> Way:
-        """Their quickest way, by a step after one that warms up."""
+    def _quickest(self, row: Row, task: Task) -> Way | None:
+        """Their quickest way, by a step after one that warms up; None where ``--ways`` leaves none."""
         best: tuple[float, Way] | None = None
-        for way in their_ways(row.varlen, self._device):
+        ways = [way for way in their_ways(row.varlen, self._device) if self._arguments.ways in way.name]
+        if len(ways) < 2:
+            return next(iter(ways), None)
+        for way in ways:
             for recompute in (False, True):
                 tried = replace(way, recompute=recompute)
                 with closing(Contestant(task, tried, self._scratch)) as contestant:
@@ -186,7 +193,7 @@ class Table:
             )
             if not step.failure and (best is None or step.seconds < best[0]):
                 best = step.seconds, tried
-        return best[1] if best else their_ways(row.varlen, self._device)[0]
+        return best[1] if best else ways[0]
 
 
 def _in_turn(sides: dict[str, Contestant], rounds: int) -> dict[str, list[Step]]:
@@ -221,6 +228,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--median-length", type=int, default=256, help="of a sample")
+    parser.add_argument(
+        "--ways", default="", metavar="PART", help="only transformers' ways with this in their name"
+    )
     parser.add_argument("--only-ours", dest="theirs", action="store_false")
     parser.add_argument(
         "--memory-gib",
