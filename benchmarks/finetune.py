@@ -18,6 +18,7 @@ import importlib.util
 import math
 import multiprocessing
 import statistics
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -250,7 +251,10 @@ def main() -> None:
         print("this processor has no units for 16-bit products")
     with tempfile.TemporaryDirectory() as scratch:
         table = Table(arguments, bench.device, dtype, Path(scratch))
-        rows = list(table.rows())
+        rows = []
+        for row in table.rows():
+            rows.append(row)
+            print(", ".join(f"{key} {value}" for key, value in row.items()), file=sys.stderr, flush=True)
     if table.tried:
         report(
             bench, "transformers' ways, the second step of each", table.tried, argparse.Namespace(json=None)
