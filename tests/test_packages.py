@@ -21,6 +21,10 @@ from portmoe.record.page import page
 assert "@media print" in page("t", "pass", "Fine.", [], [])
 from portmoe.verify.runs import training_run
 from portmoe.backends.cpu import compiler
+from portmoe.configs.conversations import make
+for name, text in make.files().items():
+    assert (make.HERE / name).read_text(encoding="utf-8") == text
+assert (make.HERE / make.TOKENIZER / "tokenizer.json").is_file()
 """
 
 
