@@ -107,7 +107,9 @@ def open_conversation(config: Config, folder: Path | None = None) -> Conversatio
     """
     where = str(folder) if folder else config.data.tokenizer or config.model.from_pretrained
     if where is None:
-        raise ConfigError(f"no tokenizer is known: set {TOKENIZER} to a folder with a tokenizer.json")
+        raise ConfigError(
+            f"no tokenizer is known: set {TOKENIZER}, or model.from_pretrained, to a folder with one"
+        )
     tokenizer = open_tokenizer(where, TOKENIZER)
     if not isinstance(tokenizer, FromFile):
         raise ConfigError(f"{TOKENIZER}={BYTES!r} has no conversations; give the folder of a tokenizer")

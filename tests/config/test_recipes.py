@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from portmoe.cli import main as command
 from portmoe.config.read import load_config
 from portmoe.configs.conversations import make
 
@@ -44,6 +45,15 @@ def test_a_recipe_takes_a_folder_and_a_file(name, tmp_path):
     config = load_config(name, given)
     assert config.architecture == load_config(name).architecture
     assert config.data.train_folder.endswith("alpaca.json")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_says_what_it_takes(name, capsys):
+    assert command.run(["train", "--config", name, "--dry-run", "--world-size", "64"]) == 0
+    said = capsys.readouterr().out
+    assert "layout           64 ranks: data 64" in said
+    assert "together" in said
 
 
 @pytest.mark.parametrize("name", TINY)
