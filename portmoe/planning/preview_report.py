@@ -12,6 +12,7 @@ from portmoe.record.page import Row, Section, code, facts, marked, page, paragra
 from portmoe.record.svg import columns
 
 WIDEST = 30  # characters of a bar
+LOST = ("records are left out:", "× truncated")  # how lines end that tell of tokens nobody learns
 # What would control the terminal is shown instead.
 VISIBLE = {number: 0x2400 + number for number in range(32) if chr(number) not in "\n\t"} | {127: 0x2421}
 BEFORE, AFTER = "⟦", "⟧"  # around what is learned, so that it does not need colours
@@ -40,14 +41,14 @@ def told(found: Preview, console: Console) -> None:
 def html(found: Preview, config_name: str) -> str:
     """The preview as a page."""
     samples = sum(count for count, _ in found.sources.values())
-    left_out = [line for line in found.said if line.endswith("records are left out:")]
+    lost = [line.strip(" :") for line in found.said if line.endswith(LOST)]
     numbers = facts(list(_facts(found)))
     verdict = f"{samples:,} samples, {found.learned:.1%} of their tokens are learned."
     return page(
         "portmoe data preview",
-        "warn" if left_out else "pass",
+        "warn" if lost else "pass",
         verdict,
-        [numbers, paragraph(" ".join(left_out))] if left_out else [numbers],
+        [numbers, paragraph(f"{'; '.join(lost)}: see Problems.")] if lost else [numbers],
         [
             Section(
                 "Samples",

@@ -66,7 +66,8 @@ def test_the_page(command, tmp_path, capsys):
     assert "<script" not in page
     assert "<b>" not in page
     assert re.search(r"39 samples, 49.4% of their tokens are learned", page)
-    assert "attention" in page  # something was left out
+    assert "attention" in page
+    assert "data.train_folder: 1 of 40 records are left out: see Problems." in page
     marks = [unescape(mark).strip() for mark in re.findall(r"<mark>(.*?)</mark>", page)]
     assert marks.count("answer end") == 37
     assert marks.count("answer answer answer end") == 2
