@@ -37,7 +37,7 @@ class Preview:
     Attributes:
         sources: by name, how many samples and tokens each has.
         learned: the share of the tokens that are learned, over ``read`` samples.
-        edges, counts: the histogram of the samples' lengths, of one edge more than there are bins.
+        edges, counts: how many samples have from edges[i] to edges[i+1] − 1 tokens.
         said: what was left out or cut, and what there is to know, in lines.
         ranks: what the steps are counted for.
     """
@@ -74,7 +74,9 @@ def preview(config: Config, ranks: int, samples: int, told: Told = quiet) -> Pre
     read = [one.sample(index) for one, index in places]
     learned = sum(int(sample.learned_T[1:].sum()) for sample in read)
     all_read = sum(len(sample.tokens_T) for sample in read)
-    counts, edges = np.histogram(lengths, bins=min(BINS, int(lengths.max())), range=(0, int(lengths.max())))
+    width = -(-(int(lengths.max()) + 1) // BINS)
+    edges = np.arange(0, int(lengths.max()) + 1 + width, width)
+    counts, _ = np.histogram(lengths, edges)
     sources: dict[str, tuple[int, int]] = {}
     for one in opened.samples:
         before = sources.get(names[one.type_id], (0, 0))
@@ -85,7 +87,7 @@ def preview(config: Config, ranks: int, samples: int, told: Told = quiet) -> Pre
         sources=sources,
         learned=learned / max(all_read, 1),
         read=len(read),
-        edges=[round(edge) for edge in edges.tolist()],
+        edges=edges.tolist(),
         counts=counts.tolist(),
         packing=config.data.packing,
         packs=summary(config, packed(config, opened.samples), layout.data, layout.micro_num),

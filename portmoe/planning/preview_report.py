@@ -85,7 +85,7 @@ def _facts(found: Preview) -> Iterator[tuple[str, str]]:
 
 def _bins(found: Preview) -> Iterator[str]:
     for first, last in pairwise(found.edges):
-        yield f"{first:,}–{last:,}"
+        yield f"{first:,}–{last - 1:,}" if last - 1 > first else f"{first:,}"
 
 
 def _sources(found: Preview) -> str:

@@ -54,6 +54,7 @@ def test_the_terminal(command, capsys):
     assert re.search(r"learned +49.4% of the tokens", told)  # 2 · 37 + 4 · 2 of 166
     assert re.search(r"packing +whole: 11 rows of 16 tokens, 94.3% full, 0 samples divided", told)
     assert re.search(r"steps +5.5 an epoch on 1 rank, 17 in all", told)  # 33 rows, 2 a step
+    assert re.search(r"\n +4 ▇+ 37\n(.*\n){4} +9 ▇+ 2\n", told)
     assert "1 of 40 records are left out" in told
     assert "line 40 of" in told
     assert "there is no 'output'" in told
