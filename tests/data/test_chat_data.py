@@ -128,6 +128,7 @@ def test_a_long_conversation_is_cut_and_said_and_its_learned_beginning_stays(ope
         ("a.jsonl", b'{"messages": [\n', "line 1 of .*it is no JSON"),
         ("a.jsonl", b"[1, 2]\n", "line 1 of .*it is list, not an object"),
         ("a.jsonl", b'{"messages": "caf\xe9"}\n', "line 1 of .*it is not UTF-8"),
+        ("a.jsonl", b'{"messages": "\\ud83d"}\n', "line 1 of .*it is not UTF-8 .surrogates"),
     ],
 )
 def test_a_broken_line_is_left_out(opened, name, content, said):

@@ -1,6 +1,7 @@
 """The objects in files of JSON lines, JSON arrays and Parquet, each with its place."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -8,6 +9,7 @@ from typing import Any
 
 from portmoe.data.text.parts import Part, is_array, items, opened, parquet, unreadable
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 BATCH = 1024  # rows of a Parquet file that are read at a time
 
 
@@ -41,7 +43,9 @@ def _json(part: Part) -> Iterator[Record]:
 def _parsed(at: int, text: bytes) -> Record:
     try:
         value = json.loads(text.decode("utf-8"))
-    except UnicodeDecodeError as error:
+        if _SURROGATE.search(text):  # halves of pairs are no text
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeError as error:
         return Record(at, None, f"it is not UTF-8 ({error.reason})")
     except (ValueError, RecursionError) as error:
         return Record(at, None, f"it is no JSON ({error!s:.100})")
