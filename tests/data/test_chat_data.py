@@ -9,6 +9,7 @@ from conversations import conversation, record, text_of, trained_tokenizer, writ
 from tokenizers import Tokenizer
 
 import portmoe
+from portmoe.config.section import ModelSection
 from portmoe.data import open_data
 from portmoe.data.chat import encode
 from portmoe.data.chat.messages import messages
@@ -162,6 +163,18 @@ def test_a_file_that_cannot_be_read_on_is_named(opened, name, content, said):
 def test_a_folder_of_text_without_a_tokenizer_names_the_key(opened):
     with pytest.raises(ConfigError, match=r"data.tokenizer.*portmoe data tokenize"):
         opened(b"some text", "a.txt", tokenizer="null")
+
+
+def test_a_models_folder_without_a_tokenizer_is_said_to_be_that(tmp_path):
+    model = portmoe.load_config("tiny_mixtral").model
+    sizes = model.model_dump(exclude=set(ModelSection.model_fields))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "mixtral"} | sizes))
+    write(tmp_path / "data.jsonl", [GOOD])
+    said = [f"model.from_pretrained={tmp_path / 'model'}", f"data.train_folder={tmp_path / 'data.jsonl'}"]
+    config = portmoe.load_config("from_pretrained", said)
+    with pytest.raises(ConfigError, match=r"data.tokenizer=null, .*from_pretrained: '.*model'.* give bytes"):
+        open_samples(config, "train")
 
 
 def test_text_is_learned_whole_in_pieces_of_the_length(opened, tokenizer):

@@ -59,7 +59,9 @@ def open_samples(config: Config, split: Split, told: Told = quiet) -> Opened:
             f"make a data set of text by `portmoe data tokenize {given[0]} --tokenizer bytes -o FOLDER` and "
             f"set {key} to it"
         )
-    recipe = Recipe(tokenizer, data.chat_template, data.train_on)
+    of_the_model = "data.tokenizer=null, which is that of model.from_pretrained:"
+    where = "data.tokenizer" if data.tokenizer else of_the_model
+    recipe = Recipe(tokenizer, data.chat_template, data.train_on, where)
     samples = [
         Conversations(tokenized(recipe, files, data.cache_folder, told), files, data.seq_len, number)
         for number, files in enumerate(sources)

@@ -27,11 +27,13 @@ class Recipe:
     Attributes:
         tokenizer: a folder, a tokenizer.json, or "bytes".
         template: a name or a file; asked for conversations only.
+        tokenizer_key: where the tokenizer was given, for messages.
     """
 
     tokenizer: str
     template: str
     train_on: TrainOn
+    tokenizer_key: str = "data.tokenizer"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Maker:
     """
 
     def __init__(self, recipe: Recipe, forms: Sequence[str]) -> None:
-        self._tokenizer = open_tokenizer(recipe.tokenizer, "data.tokenizer")
+        self._tokenizer = open_tokenizer(recipe.tokenizer, recipe.tokenizer_key)
         self._chat: ChatEncoder | None = None
         made_of: list[object] = [VERSION, self._tokenizer.identity]
         if set(forms) - {TEXT}:
