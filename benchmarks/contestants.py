@@ -178,7 +178,7 @@ def _serve(pipe: Connection, task: Task, way: Way, rank: int, store: Path) -> No
 
     torch.set_num_threads(task.threads)
     accelerator = get_accelerator(task.backend)
-    accelerator.memory.keep_freed()  # theirs too: it is quicker with it
+    accelerator.memory.keep_freed()  # as portmoe trains, and theirs too
     device = accelerator.open(0 if accelerator.device.shared else rank)
     synchronize = accelerator.device.synchronize
     clock = time.process_time if task.processor_time else time.perf_counter

@@ -1,4 +1,4 @@
-// Causal attention within segments, forward and backward.
+// Causal attention within segments, forward and backward, for vectors of 512 bits.
 //
 // Scores are made in squares of BLOCK queries and BLOCK keys and never kept; squares in which no query sees a
 // key are passed over. Numbers are stored as float32 or bfloat16, everything between is float32. A task is

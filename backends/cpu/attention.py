@@ -133,6 +133,8 @@ class _Call:
 
 def _quicker(workload: Workload) -> str | None:
     """Supports where the kernels take less time than torch's, as measured (docs/performance.md)."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":  # a product took twenty times as long with AVX2
+        return "the kernels are written for vectors of 512 bits, which this processor has not"
     wide = max(workload.head_dim, workload.value_dim or 0) >= WIDE
     if wide and workload.dtype == torch.bfloat16 and workload.equal_segments and workload.seq_len >= LONG:
         return f"torch's kernel is quicker at bfloat16 heads of {WIDE} or more in segments of {LONG} or more"

@@ -64,6 +64,18 @@ def test_attention_over_several_squares(offsets, dtype, tolerance):
 
 
 @needs_compiler
+def test_attention_is_left_to_torch_where_torch_is_quicker(monkeypatch):
+    supports = compiled_attention.ALL[0].supports
+    long = {"dtype": torch.bfloat16, "head_dim": 64, "seq_len": 2048, "tokens": 4096, "equal_segments": True}
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert "torch's kernel is quicker" in supports(workload(**long))
+    for changes in ({"dtype": torch.float32}, {"head_dim": 48}, {"seq_len": 512}, {"equal_segments": False}):
+        assert supports(workload(**long | changes)) is None
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert "vectors of 512 bits" in supports(workload())
+
+
+@needs_compiler
 def test_attention_passes_on_what_is_no_number():
     q, k, v = (torch.randn(70, 1, 8) for _ in range(3))
     q[66] = torch.nan

@@ -99,12 +99,15 @@ def test_both_fine_tune_the_same_model(finetune, shape):
     assert abs(losses[True] - losses[False]) > 1e-4, "attention crossed samples in both, or in neither"
 
 
-def test_finetune(run):
-    settings = ("--only-ours", "--tokens", 64, "--varlen", "yes", "--rounds", 1, "--sequence-parallel", 1)
-    rows, _ = run("finetune", *settings, "--models", "tiny_mixtral")
-    assert [(row["shape"], row["tokens"], row["varlen"]) for row in rows] == [("tiny_mixtral", 64, "yes")]
-    assert 1 < rows[0]["ours tokens/s a rank"] < 1e6
-    assert rows[0]["ours peak MiB a rank"] < 500
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_finetune(run, ranks):
+    settings = ("--only-ours", "--tokens", 64, "--varlen", "yes", "--rounds", 1, "--models", "tiny_mixtral")
+    rows, _ = run("finetune", *settings, "--sequence-parallel", ranks)
+    row = rows[0]
+    asked = "tiny_mixtral", 64, "yes", ranks
+    assert tuple(row[key] for key in ("shape", "tokens", "varlen", "sequence parallel")) == asked
+    assert 1 < row["ours tokens/s a rank"] < 1e6
+    assert row["ours peak MiB a rank"] < 500
 
 
 def test_finetune_says_what_it_cannot(finetune, monkeypatch):
