@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from portmoe.cli.first_line import announce
 from portmoe.cli.options import config_options
 from portmoe.cli.ranks import MOST_RANKS
 from portmoe.errors import written_to
@@ -46,6 +47,7 @@ def tokenize(files: tuple[Path, ...], tokenizer: str, out: Path, jobs: int | Non
     or code tells its kind in the log. Stopped and started again, the same command goes on; the folder is
     there once it is complete.
     """
+    announce(f"tokenize with {tokenizer}", loads_torch=False)
     from portmoe.data.text.make import make
     from portmoe.record.progress import Progress
     from portmoe.record.terminal import terminal
@@ -60,7 +62,7 @@ def tokenize(files: tuple[Path, ...], tokenizer: str, out: Path, jobs: int | Non
     )
     keys = {"data.train_folder": str(out), "model.vocab_size": str(made.vocabulary)}
     settings = " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in keys.items())
-    click.echo(f"next: portmoe train --config CONFIG {settings}")
+    click.echo(f"next: portmoe train {settings}")
 
 
 @data.command()
@@ -97,6 +99,7 @@ def preview(
     epoch takes, and what is left out or cut, by file and line. What it tokenizes, training finds in the
     cache.
     """
+    announce(f"preview {config_file}", loads_torch=False)
     from portmoe.config.read import load_config
     from portmoe.files import write_whole
     from portmoe.planning import preview as preview_of

@@ -1,4 +1,4 @@
-"""A whole fine-tuning, killed twenty times from its first token to its last file, is that of a run left alone."""
+"""A fine-tuning killed twenty times, from its first token to its last file, is that of a run left alone."""
 
 import os
 import random
@@ -14,6 +14,7 @@ SETTINGS = [
     *("data.num_epochs=1", "data.seq_len=512", "data.micro_bsz=1", "ckpt.checkpoint_every=7", "ckpt.keep=3"),
     *("eval.prompts=[]", "data.valid_every=40"),
 ]
+SAME = ("data_crc32", "tokens/single", "tokens/dialogues", "loss", "grad_norm/default", "valid_loss")
 KILLS = {"tokenizing": 5, "laying out": 5, "training": 6, "exporting": 4}
 
 
@@ -70,7 +71,7 @@ def test_killed_twenty_times_from_the_first_token_to_the_last_file(tmp_path):
     exported = finished(folder)
     found = records(folder / "run")
     assert [record["step"] for record in found] == list(range(len(expected)))
-    for name in ("data_crc32", "tokens/single", "tokens/dialogues", "loss", "grad_norm/default", "valid_loss"):
+    for name in SAME:
         assert [record.get(name) for record in found] == [record.get(name) for record in expected], name
     assert exported == whole
     assert kills >= 17  # an export may be quicker than the one who kills it

@@ -105,7 +105,7 @@ def _each(waiting: Sequence[tuple[Part, Path]], name: str, tokenizer: Tokenizer,
             write_part(part, target, tokenizer)
             yield part.path
         return
-    context = multiprocessing.get_context("spawn")
+    context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
     with ProcessPoolExecutor(min(jobs, len(waiting)), context, _open_here, (name,)) as pool:
         futures = {pool.submit(_write_here, part, target): part.path for part, target in waiting}
         try:
@@ -114,6 +114,8 @@ def _each(waiting: Sequence[tuple[Part, Path]], name: str, tokenizer: Tokenizer,
                 yield futures[future]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(multiprocessing.active_children()) - set(others):
+                process.terminate()  # a part takes seconds, and one that is not whole is made again
             raise
 
 

@@ -52,7 +52,7 @@ class FromFile:
             self.fast, self.vocabulary = _parsed(content)
         except ImportError as error:
             raise BackendError(
-                f"{said} needs the package tokenizers ({error}); pip install tokenizers, or use {BYTES}"
+                f"{said} needs the package tokenizers ({error}); pip install 'portmoe[finetune]'"
             ) from error
         except Exception as error:  # the package raises Exception itself
             raise ConfigError(f"{said} is no {FILE} that can be read: {error!s:.200}") from error
