@@ -1,10 +1,17 @@
 """What tests of several rooms share: worlds of ranks, a group of one rank, tiny packages without pip."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Two workers with as many threads as there are cores wait for each other at every barrier; set before torch
+# is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from counted_calls import assert_recorded
 from worlds import World, records, train
 

@@ -115,15 +115,18 @@ def test_two_numbers_of_processes_that_disagree():
 
 def test_the_readmes_lines_for_64_cards():
     """What they set, and a config that 64 ranks can train."""
-    lines = [shlex.split(text) for text in README.read_text().splitlines() if "--config deepseek_v2 " in text]
+    recipe = "deepseek_v2_chat_full_alpaca_e3"
+    lines = [shlex.split(text) for text in README.read_text().splitlines() if f"--config {recipe} " in text]
     srun, machine = (words for words in lines if words[0] in ("srun", "NPROC_PER_NODE=8"))
     assert srun[1:4] == ["--nodes=8", "--gres=gpu:8", "--ntasks-per-node=8"]
     variables = dict(word.split("=") for word in machine[: machine.index("portmoe")])
     assert nodes_of(variables) == Nodes(8, 0, "HEAD", 29600, 8)
     for words in (srun, machine):
         command = words[words.index("portmoe") :]
-        assert command[:4] == ["portmoe", "train", "--config", "deepseek_v2"]
-        config = portmoe.load_config("deepseek_v2", command[5::2])
+        assert command[:4] == ["portmoe", "train", "--config", recipe]
+        # the model's folder and the data are the reader's own
+        assert command[5::2] == ["model.from_pretrained=FOLDER", "data.train_folder=FILE"]
+        config = portmoe.load_config(recipe)
         assert config.expert_shard == 20
         assert Layout.plan(config, 64).data == 64
 
