@@ -131,6 +131,7 @@ def test_the_readmes_lines_for_64_cards():
         assert Layout.plan(config, 64).data == 64
 
 
+@pytest.mark.slow
 def test_two_commands_train_one_run(tmp_path):
     variables = {"NPROC_PER_NODE": "1", "NNODES": "2", "PORT": str(free_port()), "ADDR": "localhost"}
     words = [sys.executable, "-m", "portmoe", "train", *small(tmp_path / "run")]

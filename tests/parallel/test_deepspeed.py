@@ -79,6 +79,7 @@ def test_evaluation_in_between(run_anew, run):
 
 
 @installed
+@slow
 def test_checkpoints_move_between_engines_and_stages(run_anew, run, alone, tmp_path):
     """Native with spread experts → stage 1 on 4 ranks → stage 3 on 2 → native on 1, each resuming."""
     saving = ["ckpt.enable_save_ckpt=true"]

@@ -139,17 +139,14 @@ FAST_BF16 = {"dp2", "msp2"}
 # The rest of the matrix is behind -m slow.
 FAST = {
     *(
-        "mtp2",
         "mtp2 ep2 fsdp",
-        "msp2",
         "msp2 pp2 interleaved",
         "fsp2",
-        "isp2",
         "isp2 weights over 4 ahead pooled, ep2",
     ),
     *("dp2", "dp4 zero1 off", "dp4 subsets of 2", "dp2 fsdp"),
-    *("ep2", "ep4", "ep2 of dp4 fsdp", "ep4 ragged", "ep4 capacity as needed"),
-    *("pp2", "pp2 interleaved", "pp2 dense and noisy layers", "pp4", "pp2 dp2", "pp2 ep2"),
+    *("ep2", "ep4", "ep2 of dp4 fsdp", "ep4 ragged"),
+    *("pp2", "pp2 interleaved", "pp2 dense and noisy layers", "pp4", "pp2 ep2"),
 }
 
 

@@ -13,7 +13,7 @@ from portmoe.parallel.stages import bubble, in_flight
 from portmoe.training.engine import NativeEngine
 
 
-@pytest.mark.parametrize("layout", [[PP2], [PP2, CHUNKS2]])
+@pytest.mark.parametrize("layout", [[PP2], pytest.param([PP2, CHUNKS2], marks=pytest.mark.slow)])
 def test_evaluation_with_micro_batches_of_its_own(run, alone, layout):
     # 3 micro-batches in evaluation and 8 in training
     model = [*LAYERS4, "data.valid_every=2", "data.valid_micro_num=3", "data.total_steps=4"]

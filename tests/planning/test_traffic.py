@@ -98,6 +98,7 @@ SLOW = {
     *("mtp2 pp2 dp2, subsets", "msp2 pp2 ep2 interleaved", "ep4 of dp8 fsdp"),  # 8 ranks
     # what others have between them
     *("pp4", "dp2 pp2, experts not spread", "pp2 dp2, 3 micro-batches", "mtp2 ep2 fsdp"),
+    *("mtp2", "pp2 dp2", "dp4 subsets", "dp2 ragged", "dp2 nothing dropped", "isp2 pp2, weights over 2"),
     *("ring of 2, dp2 bfloat16", "isp2 bfloat16", "isp2 dp2, moments cut further"),
 }
 

@@ -191,6 +191,7 @@ def train_with_ranks(run, ranks, environment, *overrides):
     return portmoe(["train", "--backend", "npu", "--nproc", str(ranks), *sets], environment)
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_state_save_it_and_one_goes_on(tmp_path, simulated, on_cpu):
     run = tmp_path / "run"
     shown = train_with_ranks(run, 2, simulated, "data.total_steps=2")
