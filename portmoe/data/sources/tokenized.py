@@ -111,7 +111,8 @@ def open_folder(folder: str, key: str, min_length: int) -> list[TokenizedFile]:
     if not os.path.isdir(root):  # unlike Path.is_dir, False for a name that no file can have
         problem = "is not a folder" if os.path.exists(root) else "does not exist"
         raise ConfigError(
-            f"{key}={folder!r} {problem}; name a folder of tokenized .bin files or set it to null"
+            f"{key}={folder!r} {problem}; name a file or folder of conversations or text, or a folder of "
+            "tokenized .bin files, or set it to null"
         )
     files = []
     for parent, folders, names in os.walk(root, followlinks=True):
