@@ -27,8 +27,10 @@ SHOWN = 10
 # What every line has, as a number.
 NUMBERS = (
     *("tgs (tokens/gpu/second)", "real_tgs", "step_time", "fwd_bwd_time", "bwd_time", "micro_num"),
-    *("num_consumed_tokens", "lr", "adam_beta2", "loss_scale", "moe_loss"),
+    *("num_consumed_tokens", "lr", "adam_beta2", "loss_scale"),
 )
+# What every line has; null where it was no finite number.
+FIGURES = ("moe_loss",)
 _LOGGED = re.compile(r" step=(\d+) loss=(\S+) ")
 
 
@@ -73,7 +75,9 @@ def _problems(directory: Directory, walked: Walk) -> Iterator[Problem]:
     for line, record in directory.records:
         config = walked.config_of(record["step"]) or directory.config
         new_start = record["step"] in begins
-        if missing := [key for key in NUMBERS if not isinstance(record.get(key), int | float)]:
+        missing = [key for key in NUMBERS if not isinstance(record.get(key), int | float)]
+        missing += [key for key in FIGURES if not isinstance(record.get(key, ""), int | float | None)]
+        if missing:
             yield Problem(line, missing[0], f"it is {record.get(missing[0], 'missing')}")
             continue
         checks: list[Iterable[tuple[str, str]]] = [_sums(record), _log(record, logged)]
