@@ -1,6 +1,5 @@
 """``portmoe data``: data of one's own."""
 
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -48,13 +47,13 @@ def tokenize(files: tuple[Path, ...], tokenizer: str, out: Path, jobs: int | Non
     there once it is complete.
     """
     announce(f"tokenize with {tokenizer}", loads_torch=False)
+    from portmoe.cores import usable_cores
     from portmoe.data.text.make import make
     from portmoe.record.progress import Progress
     from portmoe.record.terminal import terminal
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with Progress(terminal(sys.stderr), unit="parts") as progress:
-        made = make(files, tokenizer, out, jobs or cores, progress)
+        made = make(files, tokenizer, out, jobs or usable_cores(), progress)
     ends = "no end-of-document token" if made.end is None else f"token {made.end} after each document"
     click.echo(
         f"{made.folder}: {made.files:,} files, {made.samples:,} samples, {made.tokens:,} tokens below "

@@ -210,6 +210,7 @@ def check_call(called, keywords, path):
 LEVEL = {
     "errors": 0,
     "cache": 0,
+    "cores": 0,
     "files": 0,
     "result": 0,
     "config": 0,

@@ -1,11 +1,11 @@
 """The processor and the cores this process may use, found without torch."""
 
-import os
 import platform
 from pathlib import Path
 
 from portmoe.accelerator import Probe
 from portmoe.backends import extension
+from portmoe.cores import usable_cores
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -25,10 +25,3 @@ def processor() -> str:
         lines = []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(models, platform.processor() or platform.machine())
-
-
-def usable_cores() -> int:
-    """Cores the scheduler lets this process use, which may be fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -1,6 +1,5 @@
 """Where a model to talk to is: a folder of the hub, or a run with its checkpoints and exports."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from portmoe.errors import ConfigError
 from portmoe.families.registry import families
 from portmoe.generation.conversation import Conversation, open_conversation
 from portmoe.record.run_directory import CONFIG as RUN_CONFIG
-from portmoe.record.run_directory import STATUS, checkpoints_of
+from portmoe.record.run_directory import checkpoints_of, is_finished
 from portmoe.training.beside import KEPT
 from portmoe.training.hub import Weights, step_of
 
@@ -104,7 +103,7 @@ def _of_run(run: Path, step: int | str | None) -> Source:
     checkpoints = checkpoints_of(run, config)
     steps = complete_steps(checkpoints)
     export = run / EXPORT
-    if step is None and (export / CONFIG).is_file() and (_is_finished(run) or not steps):
+    if step is None and (export / CONFIG).is_file() and (is_finished(run) or not steps):
         return _of_folder(export)
     if not steps and not checkpoints.exists():
         raise ConfigError(
@@ -117,13 +116,6 @@ def _of_run(run: Path, step: int | str | None) -> Source:
     tokenizer = kept if gone and kept.is_dir() else None
     said = f"{run} after step {chosen}, {config.model_type}"
     return Source(_alone(config.model_dump()), folder_of(checkpoints, chosen), tokenizer, said)
-
-
-def _is_finished(run: Path) -> bool:
-    try:
-        return json.loads((run / STATUS).read_text(encoding="utf-8")).get("state") == "finished"
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def _alone(tree: Mapping[str, Any]) -> Config:

@@ -64,11 +64,8 @@ class Packing:
             first = int(self.ends[place]) - length  # where the sample begins among all tokens
             begin, end = max(start - first, 0), min(stop - first, length)
             tokens.append(sample.tokens_T[begin:end])
-            labels.append(sample.tokens_T[begin + 1 : end + 1])
-            labelled.append(sample.learned_T[begin + 1 : end + 1])
-            if end == length:
-                labels.append(np.zeros(1, np.int64))
-                labelled.append(np.zeros(1, np.bool_))
+            for found, of_piece in zip((labels, labelled), sample.labels(begin, end), strict=True):
+                found.append(of_piece)
             filled = offsets[-1]
             offsets += range(filled + self._seq_len, filled + end - begin, self._seq_len)
             offsets.append(filled + end - begin)

@@ -125,10 +125,7 @@ class RowPacks:
         which = int(np.searchsorted(self._ends, number, side="right"))
         source = self._samples[which]
         sample = source.sample(number - int(self._ends[which]) + len(source.lengths))
-        labels, labelled = sample.tokens_T[begin + 1 : end + 1], sample.learned_T[begin + 1 : end + 1]
-        if end == len(sample.tokens_T):
-            labels, labelled = np.append(labels, 0), np.append(labelled, False)
-        return _Piece(sample.tokens_T[begin:end], labels, labelled, source.type_id)
+        return _Piece(sample.tokens_T[begin:end], *sample.labels(begin, end), source.type_id)
 
 
 def _padding(missing: int, longest: int) -> list[int]:

@@ -33,8 +33,7 @@ class Conversation:
     @property
     def begin(self) -> int | None:
         """The token that begins a text, if the tokenizer names one."""
-        name = self._tokenizer.special.get("bos_token")
-        return self._tokenizer.fast.token_to_id(name) if name else None
+        return self._tokenizer.begin
 
     @property
     def template_text(self) -> str:

@@ -17,6 +17,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from portmoe.accelerator.host_memory import likely_cause
+from portmoe.cores import usable_cores
 from portmoe.errors import BackendError, ConfigError, TrainingError
 from portmoe.launch.interrupt import SIGNALS, exit_code, heeded
 from portmoe.launch.nodes import Nodes
@@ -45,8 +46,7 @@ def spawn(
         machine: this one's place where others have ranks of the run too. Each starts its own again.
     """
     _quiet_elastic_logs()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // nproc)))
     os.environ[PARENT] = str(os.getpid())
     # The agent would turn these into an exception and end the ranks; SIGQUIT alone keeps that meaning.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(n.name for n in heeded([signal.SIGQUIT]))

@@ -23,7 +23,7 @@ from portmoe.config.keys import walk
 from portmoe.config.read import dump_config, load_config
 from portmoe.data.fingerprint import described
 from portmoe.errors import ConfigError, PortmoeError, TrainingError
-from portmoe.files import json_text, write_whole
+from portmoe.files import json_object, json_text, write_whole
 from portmoe.record.lock import InUse, Lock, hold
 from portmoe.record.writers import METRICS
 
@@ -186,7 +186,7 @@ def _taken(path: Path, config: Config, data: Data) -> str | None:
         return "holds a run without a config that can be read"
     if difference := first_difference(former, config, *_compared(path, config, data)):
         return f"differs in {difference[0]}"
-    if _finished(path):
+    if is_finished(path):
         return "is finished"
     if not config.ckpt.auto_resume:
         return "is not continued: ckpt.auto_resume is false"
@@ -297,11 +297,9 @@ def _has_history(path: Path) -> bool:
     return (metrics.is_file() and metrics.stat().st_size > 0) or bool(complete_steps(path / "checkpoints"))
 
 
-def _finished(path: Path) -> bool:
-    try:
-        return json.loads((path / STATUS).read_text(encoding="utf-8")).get("state") == "finished"
-    except (OSError, ValueError, AttributeError):
-        return False
+def is_finished(path: Path) -> bool:
+    """Whether the run in a directory came to its end."""
+    return json_object(path / STATUS).get("state") == "finished"
 
 
 def _write(path: Path, text: str) -> None:

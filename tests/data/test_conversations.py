@@ -129,7 +129,7 @@ def test_tokens_and_what_is_learned_are_those_of_the_oracle(
     monkeypatch.setattr(parts, "PART", 9000)
     monkeypatch.setattr(parts, "ROWS", 33)
     monkeypatch.setattr(parts, "BLOCK", 1000)
-    monkeypatch.setattr(cache, "cores", lambda: 1)
+    monkeypatch.setattr(cache, "usable_cores", lambda: 1)
     turns, files = written
     found = opened(folder, files, tokenizers[oracle], chat_template=template)
     tokenizer = Tokenizer.from_file(str(tokenizers[oracle] / "tokenizer.json"))

@@ -65,7 +65,7 @@ def same(one, other):
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
     """This process makes all itself; those it starts have two more."""
-    monkeypatch.setattr(cache, "cores", lambda: 1)
+    monkeypatch.setattr(cache, "usable_cores", lambda: 1)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_a_cache_that_cannot_be_written(settings, tmp_path, monkeypatch):
 
 def test_a_worker_that_dies_is_said(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "__name__", "no.such.module")
-    monkeypatch.setattr(cache, "cores", lambda: 2)
+    monkeypatch.setattr(cache, "usable_cores", lambda: 2)
     with pytest.raises(portmoe.PortmoeError, match=r"a process that tokenizes .* ended"):
         tokens(settings, tmp_path)
 

@@ -8,5 +8,5 @@ from portmoe.data.text import parts
 from portmoe.data.tokenizing import cache
 
 parts.PART = 3000
-cache.cores = lambda: 2
+cache.usable_cores = lambda: 2
 open_samples(portmoe.load_config("tiny_moe4", sys.argv[1:]), "train")

@@ -25,6 +25,17 @@ class Sample:
         """
         return cls(np.abs(signed_T), signed_T > 0)
 
+    def labels(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """What the tokens begin … end − 1 are to be followed by, and where that is a label.
+
+        It is the next token, wherever a piece ends between the two; the last token of a sample has none, and
+        neither has one before a token that is not learned.
+        """
+        labels, labelled = self.tokens_T[begin + 1 : end + 1], self.learned_T[begin + 1 : end + 1]
+        if end == len(self.tokens_T):
+            return np.append(labels, 0), np.append(labelled, False)
+        return labels, labelled
+
 
 class Samples(Protocol):
     """What packing needs of a data set."""

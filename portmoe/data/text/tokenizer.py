@@ -45,6 +45,7 @@ class FromFile:
         fast: the tokenizer itself, a ``tokenizers.Tokenizer``, which adds no token and knows of which
             characters each token is.
         special: the special tokens' texts by name, as "bos_token".
+        begin: the token that begins a text, if the tokenizer names one.
     """
 
     def __init__(self, content: str, special: Mapping[str, str], said: str) -> None:
@@ -57,9 +58,13 @@ class FromFile:
         except Exception as error:  # the package raises Exception itself
             raise ConfigError(f"{said} is no {FILE} that can be read: {error!s:.200}") from error
         self.special = special
-        name = special.get("eos_token")
-        self.end = self.fast.token_to_id(name) if name else None
+        self.begin, self.end = map(self._named, ("bos_token", "eos_token"))
         self.identity = f"{hashlib.sha256(content.encode('utf-8')).hexdigest()[:32]} end {self.end}"
+
+    def _named(self, name: str) -> int | None:
+        """A special token by its name; None where there is none."""
+        text = self.special.get(name)
+        return self.fast.token_to_id(text) if text else None
 
     def encode(self, text: str) -> list[int]:
         return self.fast.encode(text, add_special_tokens=False).ids

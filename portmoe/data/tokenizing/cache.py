@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from portmoe.cache import cache_folder
+from portmoe.cores import usable_cores
 from portmoe.data.text.parts import BLOCK, parts, unreadable
 from portmoe.data.tokenizing.part import SHOWN, read_part, replaced, tokens_file
 from portmoe.data.tokenizing.recipe import Given, Maker, Recipe, key_of
@@ -92,11 +93,6 @@ def tokenized(recipe: Recipe, given: Sequence[Given], cache: str | None, told: T
         ) from error
 
 
-def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _root(cache: str | None) -> Path:
     """Where the cache is: the user's, or, where that cannot be written, in the temporary folder."""
     if cache is not None:
@@ -126,7 +122,7 @@ def _make(recipe: Recipe, maker: Maker, given: Sequence[Given], folder: Path, to
         made += 1
         told(path.name, made, len(work))
 
-    make_parts(recipe, maker, waiting, folder, cores(), done)
+    make_parts(recipe, maker, waiting, folder, usable_cores(), done)
     _finish(folder, given, files)
     found = _whole(folder)
     if found is None:
